@@ -1,0 +1,90 @@
+# make test | bench | examples | lint | format | clean: each makes the environment that it needs.
+#
+#   make test                                 everything in .venv, versions of constraints.txt
+#   make test VENV= PYTHON=/path/to/python    that interpreter as it is: no download, works offline
+#   make test PYTEST_ARGS="-k sgd -x"         arguments for pytest; BENCH_ARGS for the bench
+#
+# CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and FUSED_MOMENTUM_CUDA reach setup.py.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTHON_PATH := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
+ifeq ($(PYTHON_PATH),)
+$(error PYTHON=$(PYTHON) does not run)
+endif
+
+ifeq ($(VENV),)
+PY := $(PYTHON_PATH)
+INSTALLED := build/installed$(subst /,-,$(PY))
+INSTALL := --no-deps --no-index -e .
+else
+PY := $(abspath $(VENV))/bin/python
+INSTALLED := $(VENV)/installed
+INSTALL := -c constraints.txt -e ".[triton,test,bench,examples]"
+TORCH := $(VENV)/torch
+LINTERS := $(VENV)/linters
+endif
+
+PIP := $(PY) -m pip --disable-pip-version-check -q
+EXTENSION := fused_momentum/_C$(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'))")
+CONFIG := $(PY) $(CXX) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(FUSED_MOMENTUM_CUDA)
+CPP_FILES = find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu"
+
+LINKED := $(shell cd / && $(PY) -c "import json; from importlib.metadata import distribution; print(json.loads(distribution('fused_momentum').read_text('direct_url.json'))['url'][7:])" 2>/dev/null)
+
+export PATH := $(dir $(PY)):$(PATH)
+.PHONY: test bench examples lint format clean FORCE
+.NOTPARALLEL:
+# A stamp is void where the environment links to no checkout, or to another one.
+ifneq ($(LINKED),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
+
+test: $(EXTENSION)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(EXTENSION)
+	$(PY) -m bench.run $(BENCH_ARGS)
+
+examples: $(EXTENSION)
+	for example in examples/*.py; do $(PY) $$example || exit 1; done
+
+lint: $(LINTERS)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CPP_FILES) | xargs -r clang-format --dry-run -Werror
+
+format: $(LINTERS)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CPP_FILES) | xargs -r clang-format -i
+
+clean:
+	rm -rf build dist *.egg-info fused_momentum/_C*.so $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON_PATH) -m venv $(VENV)
+
+# torch comes first and alone, by exactly this version: a local CPU build of it is then taken.
+$(VENV)/torch: constraints.txt | $(VENV)/bin/python
+	@echo "installing torch into $(VENV): this takes minutes"
+	$(PIP) install -c constraints.txt $(shell grep ^torch== constraints.txt) ninja setuptools wheel
+	touch $@
+
+$(VENV)/linters: constraints.txt | $(VENV)/bin/python
+	$(PIP) install -c constraints.txt clang-format ruff
+	touch $@
+
+# The package is linked once, the extension built beside it whenever something below csrc changed.
+$(INSTALLED): pyproject.toml $(TORCH)
+	FUSED_MOMENTUM_NO_EXTENSION=1 $(PIP) install --no-build-isolation $(INSTALL)
+	mkdir -p $(@D) && touch $@
+
+$(EXTENSION): $(INSTALLED) build/config setup.py $(shell find csrc)
+	FUSED_MOMENTUM_REQUIRE_EXTENSION=1 $(PY) setup.py -q build_ext --inplace
+	touch $@
+
+# Rewritten only where it differs: another interpreter or compiler builds the extension anew.
+build/config: FORCE
+	@mkdir -p build
+	@echo "$(CONFIG)" | cmp -s - $@ || echo "$(CONFIG)" > $@

@@ -1,0 +1,114 @@
+// What Python sees of the extension: the plan, one call over lists of tensors, and the tables that
+// tests compare with their Python twins.
+#include "cpu/run.h"
+#include "plan.h"
+#include "rules.h"
+#include "tiles.h"
+
+namespace fused_momentum {
+namespace {
+
+struct RuleInfo {
+  std::string name;
+  int hyper, tensor_scalars, states, sums;
+};
+
+std::vector<RuleInfo> rules() {
+  std::vector<RuleInfo> table;
+  for_each_rule([&](auto rule) {
+    using R = decltype(rule);
+    table.push_back({R::name, R::kHyper, R::kTensor, R::kStates, R::kSums});
+  });
+  return table;
+}
+
+// One launch over lists of tensors: streams[0] the parameters, streams[1] the gradients, then the
+// states; a state without tensors is absent. `first` holds one value per tensor.
+void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
+                 const std::vector<double>& hyper, double grad_multiplier,
+                 const std::vector<double>& first) {
+  const size_t count = streams.at(0).size();
+  std::vector<Segment> segments(count);
+  std::vector<std::unique_ptr<Layout>> layouts(count);
+  std::vector<int64_t> tile_ends;
+  for (size_t i = 0; i < count; i++) {
+    std::vector<at::Tensor> tensors;
+    for (const auto& stream : streams)
+      tensors.push_back(stream.empty() ? at::Tensor() : stream.at(i));
+    tensors[1] = tensors[1].resolve_conj().resolve_neg();
+    describe("params[" + std::to_string(i) + "]", tensors, &segments[i], &layouts[i]);
+    segments[i].tensor[0] = first.at(i);
+  }
+  count_tiles(segments, &tile_ends);
+  if (count == 0) return;
+  Launch launch;
+  launch.rule = rule;
+  launch.segments = segments.data();
+  launch.tile_ends = tile_ends.data();
+  launch.segment_count = int64_t(count);
+  launch.hyper = hyper.data();
+  launch.grad_multiplier = &grad_multiplier;
+  py::gil_scoped_release without_gil;
+  run_cpu(launch);
+}
+
+std::vector<std::string> cpu_levels() {
+  int count;
+  const cpu::Level* table = cpu::levels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; i++)
+    if (table[i].supported) names.push_back(table[i].name);
+  return names;
+}
+
+void use_cpu_level(const std::string& name) {
+  int count;
+  const cpu::Level* table = cpu::levels(&count);
+  for (int i = 0; i < count; i++)
+    if (table[i].supported && name == table[i].name) return set_cpu_level(&table[i]);
+  TORCH_CHECK_VALUE(false, "cpu level '", name, "' is not one of ", cpu_levels());
+}
+
+std::vector<int64_t> split(const std::vector<int64_t>& numels, int parts) {
+  std::vector<Segment> segments(numels.size());
+  std::vector<int64_t> tile_ends, bounds(parts + 1);
+  int64_t cost = 0;
+  for (size_t i = 0; i < numels.size(); i++) {
+    segments[i].numel = numels[i];
+    if (numels[i] != 0) cost += numels[i] + kSegmentCost;
+  }
+  count_tiles(segments, &tile_ends);
+  split_tiles(segments.data(), tile_ends.data(), int64_t(numels.size()), cost, parts,
+              bounds.data());
+  return bounds;
+}
+
+}  // namespace
+}  // namespace fused_momentum
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fused_momentum;
+  m.attr("TILE") = kTile;
+  py::class_<RuleInfo>(m, "RuleInfo")
+      .def_readonly("name", &RuleInfo::name)
+      .def_readonly("hyper", &RuleInfo::hyper)
+      .def_readonly("tensor_scalars", &RuleInfo::tensor_scalars)
+      .def_readonly("states", &RuleInfo::states)
+      .def_readonly("sums", &RuleInfo::sums);
+  m.def("rules", &rules);
+  m.def("run_tensors", &run_tensors);
+  m.def("cpu_levels", &cpu_levels);
+  m.def("cpu_level", [] { return std::string(cpu_level()->name); });
+  m.def("use_cpu_level", &use_cpu_level);
+  m.def("split", &split);
+  py::class_<StateKey>(m, "StateKey").def(py::init<std::string, int>());
+  py::class_<Plan> plan(m, "Plan");
+  py::class_<Plan::Todo>(plan, "Todo")
+      .def_readonly("missing", &Plan::Todo::missing)
+      .def_readonly("others", &Plan::Todo::others);
+  plan.def(py::init<int, std::vector<std::string>, std::vector<StateKey>>())
+      .def("step", &Plan::step)
+      .def("at", &Plan::at)
+      .def_property_readonly("moves", &Plan::moves)
+      .def("bytes", &Plan::bytes);
+}

@@ -1,0 +1,19 @@
+// The pass for what every processor of the architecture has (SSE2 on x86-64, NEON on Arm).
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+#include "../rules.h"
+#include "../tiles.h"
+#include "levels.h"
+
+namespace fused_momentum::cpu {
+namespace {
+#include "pass.h"
+}  // namespace
+
+void run_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end) {
+  run_tiles_here(launch, tile, tile_end);
+}
+
+}  // namespace fused_momentum::cpu

@@ -1,0 +1,30 @@
+// The generic pass compiled for several instruction-set levels; one is chosen when the program
+// runs, so an installed build needs no -march and every level gives the same bits.
+#pragma once
+
+#include "../launch.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FM_X86_LEVELS 1
+#endif
+
+namespace fused_momentum::cpu {
+
+using RunTiles = void (*)(const Launch& launch, int64_t tile, int64_t tile_end);
+
+void run_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end);
+#ifdef FM_X86_LEVELS
+void run_tiles_avx2(const Launch& launch, int64_t tile, int64_t tile_end);
+void run_tiles_avx512(const Launch& launch, int64_t tile, int64_t tile_end);
+#endif
+
+struct Level {
+  const char* name;
+  RunTiles run_tiles;
+  bool supported;
+};
+
+// Worst first.
+const Level* levels(int* count);
+
+}  // namespace fused_momentum::cpu

@@ -1,0 +1,76 @@
+// From torch tensors to a segment: what may be updated, and the error for what may not.
+#include <ATen/MemoryOverlap.h>
+
+#include "layout.h"
+#include "plan.h"
+
+namespace fused_momentum {
+namespace {
+
+DType dtype_of(const std::string& name, const at::Tensor& tensor) {
+  switch (c10::toRealValueType(tensor.scalar_type())) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    default:
+      TORCH_CHECK_TYPE(false, name, " has dtype ", tensor.scalar_type(),
+                       "; needed: float32, float64, bfloat16, float16, complex64 or complex128");
+  }
+}
+
+void check_stream(const std::string& name, const at::Tensor& param, const at::Tensor& tensor) {
+  TORCH_CHECK(!tensor.is_sparse() && !tensor.is_sparse_csr(), name,
+              " is sparse; sparse gradients are not supported (make it dense with .to_dense())");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " has layout ", tensor.layout(),
+                   "; needed: torch.strided");
+  TORCH_CHECK_TYPE(
+      !tensor.unsafeGetTensorImpl()->is_python_dispatch(), name,
+      " is a tensor subclass without storage of its own (such as DTensor); give its local tensor");
+  TORCH_CHECK_VALUE(tensor.device() == param.device(), name, " is on device ", tensor.device(),
+                    ", its parameter on ", param.device(), "; both must be on the same device");
+  TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), name, " has shape ", tensor.sizes(),
+                    ", its parameter ", param.sizes(), "; they must be the same");
+  TORCH_CHECK_TYPE(tensor.is_complex() == param.is_complex(), name, " has dtype ",
+                   tensor.scalar_type(), ", its parameter ", param.scalar_type(),
+                   "; both must be real or both complex");
+}
+
+}  // namespace
+
+void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,
+              std::unique_ptr<Layout>* layout) {
+  static const char* const role[] = {"", ".grad"};
+  const at::Tensor& param = streams[0];
+  std::vector<Strided> strided;
+  Layout made;
+  for (size_t s = 0; s < streams.size(); s++) {
+    const at::Tensor& tensor = streams[s].defined() ? streams[s] : param;
+    const std::string stream_name = name + (s < 2 ? role[s] : " state");
+    check_stream(stream_name, param, tensor);
+    segment->dtype[s] = dtype_of(stream_name, tensor);
+    strided.push_back({tensor.sizes().data(), tensor.strides().data()});
+  }
+  TORCH_CHECK_TYPE(!param.is_conj() && !param.is_neg(), name,
+                   " is a lazily conjugated view; resolve it with .resolve_conj()");
+  TORCH_CHECK(at::has_internal_overlap(param) != at::MemOverlap::Yes, name,
+              " has elements that share memory (an expanded tensor); give it memory of its own");
+  const auto kind = make_layout(int(param.dim()), strided, param.is_complex(), &made);
+  TORCH_CHECK(kind != LayoutKind::too_many_dims, name, " with its gradient has more than ",
+              kMaxDims, " dimensions that cannot be merged; make the gradient contiguous");
+  *layout = kind == LayoutKind::strided ? std::make_unique<Layout>(made) : nullptr;
+  segment->layout = layout->get();
+  segment->numel = param.numel() * (param.is_complex() ? 2 : 1);
+  for (size_t s = 0; s < streams.size(); s++) {
+    const at::Tensor& tensor = streams[s];
+    segment->data[s] = !tensor.defined() || segment->numel == 0 ? nullptr
+                       : s == 1 ? const_cast<void*>(tensor.const_data_ptr())
+                                : tensor.mutable_data_ptr();
+  }
+}
+
+}  // namespace fused_momentum

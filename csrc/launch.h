@@ -1,0 +1,48 @@
+// What one launch works on, in plain C++ that the host and the device compile: pointers, sizes and
+// tables; no torch, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_momentum {
+
+enum class DType : uint8_t { f32, f64, bf16, f16 };
+
+constexpr int kMaxStates = 5;
+constexpr int kMaxStreams = 2 + kMaxStates;  // p, g, states
+constexpr int kMaxTensorScalars = 8;
+
+// Elements in a tile: the unit in which work is dealt out, and in which per-tensor sums are taken.
+constexpr int kTile = 1024;
+
+// How the elements of a tensor lie in memory, where they do not lie one after the other. Dimensions
+// are outermost first, in the order in which the elements are visited; strides are in elements.
+constexpr int kMaxDims = 8;
+struct Layout {
+  int dims = 0;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxStreams][kMaxDims];
+};
+
+// One tensor of a launch: its streams p, g, states. A stream without data is absent (a rule with
+// momentum 0 keeps no buffer): it reads as zero and is not written.
+struct Segment {
+  void* data[kMaxStreams] = {};
+  int64_t numel = 0;
+  const Layout* layout = nullptr;  // nullptr: every stream is contiguous
+  int32_t row = 0;                 // which row of the hyper-parameter table
+  DType dtype[kMaxStreams] = {};
+  double tensor[1] = {0};  // per-tensor scalars: first
+};
+
+struct Launch {
+  int rule = 0;  // index in the rule table
+  const Segment* segments = nullptr;
+  const int64_t* tile_ends = nullptr;  // per segment: number of tiles up to and including it
+  int64_t segment_count = 0;
+  const double* hyper = nullptr;  // rows x the rule's kHyper
+  int hyper_stride = 0;
+  const double* grad_multiplier = nullptr;  // per row: -1 where maximize, times 1 / loss scale
+};
+
+}  // namespace fused_momentum

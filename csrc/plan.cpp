@@ -1,0 +1,290 @@
+#include "plan.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+
+#include "cpu/run.h"
+#include "tiles.h"
+
+namespace fused_momentum {
+namespace {
+
+// Changes whenever a tensor's dtype, device, shape or strides do.
+uint64_t key_of(const at::Tensor& tensor) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  uint64_t key = uint64_t(tensor.scalar_type()) << 32 ^ uint64_t(impl->device_type()) << 16 ^
+                 uint64_t(uint8_t(impl->device().index()));
+  const auto mix = [&](uint64_t value) { key = (key ^ value) * 0x9e3779b97f4a7c15u + (key >> 29); };
+  if (impl->layout() != at::kStrided || impl->is_python_dispatch()) return 1;
+  mix(uint64_t(tensor.is_conj()) * 2 + uint64_t(tensor.is_neg()));
+  for (int64_t size : tensor.sizes()) mix(uint64_t(size));
+  for (int64_t stride : tensor.strides()) mix(uint64_t(stride));
+  return key | 2;
+}
+
+double number_of(PyObject* value, PyObject* key) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    TORCH_CHECK_TYPE(false, "param_groups: ", py::cast<std::string>(py::handle(key)), " is a ",
+                     Py_TYPE(value)->tp_name, "; needed: a number or a tensor with one element");
+  }
+  return number;
+}
+
+double read_number(PyObject* dict, const py::str& key) {
+  PyObject* value = PyDict_GetItem(dict, key.ptr());
+  TORCH_CHECK(value != nullptr, "param_groups: key '", std::string(key), "' is missing");
+  return number_of(value, key.ptr());
+}
+
+}  // namespace
+
+Plan::Plan(int rule, std::vector<std::string> hyper_keys, std::vector<StateKey> state_keys)
+    : rule_(rule),
+      hyper_keys_(hyper_keys.begin(), hyper_keys.end()),
+      state_keys_(std::move(state_keys)) {
+  for (const StateKey& key : state_keys_) state_names_.emplace_back(key.name);
+}
+
+bool Plan::groups_changed(const py::list& groups) const {
+  if (size_t(PyList_GET_SIZE(groups.ptr())) != groups_.size()) return true;
+  for (size_t i = 0; i < groups_.size(); i++) {
+    const Group& group = groups_[i];
+    if (PyList_GET_ITEM(groups.ptr(), i) != group.dict.ptr()) return true;
+    PyObject* params = PyDict_GetItem(group.dict.ptr(), params_key_.ptr());
+    if (params == nullptr || !PyList_Check(params) ||
+        PyList_GET_SIZE(params) != group.end - group.begin)
+      return true;
+    for (int64_t k = 0; k < group.end - group.begin; k++)
+      if (PyList_GET_ITEM(params, k) != entries_[group.begin + k].param.ptr()) return true;
+  }
+  return false;
+}
+
+void Plan::read_groups(const py::list& groups) {
+  groups_.clear();
+  entries_.clear();
+  position_of_.clear();
+  segments_.clear();
+  state_items_.clear();
+  for (const py::handle& item : groups) {
+    Group group{py::reinterpret_borrow<py::object>(item), int64_t(entries_.size()), 0};
+    for (const py::handle& param : py::list(group.dict[params_key_])) {
+      TORCH_CHECK_TYPE(THPVariable_Check(param.ptr()), "param_groups[", groups_.size(),
+                       "]['params'][", int64_t(entries_.size()) - group.begin, "] is a ",
+                       Py_TYPE(param.ptr())->tp_name, "; needed: a tensor");
+      position_of_[param.ptr()] = int64_t(entries_.size());
+      Entry entry;
+      entry.param = py::reinterpret_borrow<py::object>(param);
+      entries_.push_back(std::move(entry));
+      Segment segment;
+      segment.row = int32_t(groups_.size());
+      segments_.push_back(segment);
+    }
+    group.end = int64_t(entries_.size());
+    groups_.push_back(std::move(group));
+  }
+  states_.assign(entries_.size() * state_keys_.size(), py::object());
+  layouts_.clear();
+  layouts_.resize(entries_.size());
+  tiles_changed_ = true;
+}
+
+void Plan::read_hyper(double grad_multiplier) {
+  hyper_.clear();
+  grad_multiplier_.clear();
+  for (const Group& group : groups_) {
+    for (const py::str& key : hyper_keys_) hyper_.push_back(read_number(group.dict.ptr(), key));
+    const bool maximize = read_number(group.dict.ptr(), maximize_key_) != 0;
+    grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
+  }
+}
+
+void Plan::read_state(const py::dict& state) {
+  // The dict keeps its order, so one pass over its items tells whether any state[param] is another.
+  bool changed = size_t(PyDict_Size(state.ptr())) != state_items_.size();
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  for (size_t i = 0; !changed && PyDict_Next(state.ptr(), &at, &key, &value); i++)
+    changed = state_items_[i].first != key || state_items_[i].second != value;
+  if (!changed) return;
+  state_items_.clear();
+  for (Entry& entry : entries_) entry.state = nullptr;
+  for (at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
+    state_items_.emplace_back(key, value);
+    const auto found = position_of_.find(key);
+    if (found != position_of_.end() && PyDict_Check(value)) entries_[found->second].state = value;
+  }
+}
+
+bool Plan::needs(const StateKey& key, int row) const {
+  return key.when < 0 || hyper_[row * hyper_keys_.size() + key.when] != 0;
+}
+
+std::string Plan::name_of(int64_t position) const {
+  const int row = segments_[position].row;
+  return "param_groups[" + std::to_string(row) + "]['params'][" +
+         std::to_string(position - groups_[row].begin) + "]";
+}
+
+// The tensor takes no part in this step: it has no tiles.
+void Plan::sit_out(int64_t position) {
+  entries_[position].grad_key = 0;
+  if (segments_[position].numel == 0) return;
+  segments_[position].numel = 0;
+  tiles_changed_ = true;
+}
+
+// Brings one tensor up to date. Returns whether it takes part in this step.
+bool Plan::read_entry(int64_t position, Todo* todo) {
+  Entry& entry = entries_[position];
+  Segment& segment = segments_[position];
+  const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
+  const at::Tensor& given = param.grad();
+  if (!given.defined() || !param.device().is_cpu()) {
+    todo->others |= given.defined();
+    sit_out(position);
+    return false;
+  }
+  const bool lazy = given.is_conj() || given.is_neg();
+  if (lazy) resolved_.push_back(given.resolve_conj().resolve_neg());
+  const at::Tensor& grad = lazy ? resolved_.back() : given;
+  const uint64_t param_key = key_of(param), grad_key = key_of(grad);
+  bool changed = param_key != entry.param_key || grad_key != entry.grad_key;
+  bool has_states = true;
+  for (size_t k = 0; k < state_keys_.size(); k++) {
+    PyObject* found = nullptr;
+    if (needs(state_keys_[k], segment.row)) {
+      if (entry.state != nullptr) found = PyDict_GetItem(entry.state, state_names_[k].ptr());
+      if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
+      has_states &= found != nullptr;
+    }
+    py::object& known = states_[position * state_keys_.size() + k];
+    if (found != known.ptr()) {
+      known = py::reinterpret_borrow<py::object>(found);
+      changed = true;
+    }
+    if (found != nullptr && !changed && segment.data[2 + k] != nullptr)
+      changed = THPVariable_Unpack(found).const_data_ptr() != segment.data[2 + k];
+  }
+  const void* before = segment.data[0];
+  if (changed) {
+    entry.param_key = 0;
+    prepare(position, param, grad);
+    entry.param_key = param_key;
+    entry.grad_key = grad_key;
+  } else if (segment.numel != 0) {
+    segment.data[0] = param.mutable_data_ptr();
+    segment.data[1] = const_cast<void*>(grad.const_data_ptr());
+  }
+  moves_ += before != segment.data[0];
+  if (!has_states) todo->missing.push_back(position);
+  return true;
+}
+
+void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {
+  std::vector<at::Tensor> streams{param, grad};
+  for (size_t k = 0; k < state_keys_.size(); k++) {
+    const py::object& state = states_[position * state_keys_.size() + k];
+    streams.push_back(state ? THPVariable_Unpack(state.ptr()) : at::Tensor());
+  }
+  const int64_t numel = segments_[position].numel;
+  describe(name_of(position), streams, &segments_[position], &layouts_[position]);
+  tiles_changed_ |= numel != segments_[position].numel;
+}
+
+std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
+  std::vector<int64_t> positions;
+  for (const py::handle& param : subset) {
+    const auto found = position_of_.find(param.ptr());
+    TORCH_CHECK_VALUE(found != position_of_.end(), "params[", positions.size(),
+                      "] is not a parameter of this optimizer");
+    TORCH_CHECK_VALUE(
+        std::find(positions.begin(), positions.end(), found->second) == positions.end(), "params[",
+        positions.size(), "] is given twice");
+    positions.push_back(found->second);
+  }
+  return positions;
+}
+
+std::optional<Plan::Todo> Plan::step(const py::list& groups, const py::dict& state,
+                                     const std::optional<py::list>& subset, double grad_multiplier,
+                                     const std::vector<int64_t>& first, bool others) {
+  resolved_.clear();
+  if (groups_changed(groups)) read_groups(groups);
+  read_hyper(grad_multiplier);
+  read_state(state);
+  for (int64_t position : first) segments_[position].tensor[0] = 1;
+  const std::vector<int64_t> chosen = subset ? positions_of(*subset) : std::vector<int64_t>();
+  Todo todo;
+  if (subset)
+    for (int64_t position : chosen) read_entry(position, &todo);
+  else
+    for (size_t i = 0; i < entries_.size(); i++) read_entry(int64_t(i), &todo);
+  if (!todo.missing.empty() || (todo.others && !others)) return todo;
+  if (subset)
+    run_subset(chosen);
+  else
+    run_all();
+  return std::nullopt;
+}
+
+void Plan::run_all() {
+  if (tiles_changed_) count_tiles(segments_, &tile_ends_);
+  tiles_changed_ = false;
+  run(segments_, tile_ends_);
+  for (size_t i = 0; i < entries_.size(); i++) finish(int64_t(i));
+}
+
+void Plan::run_subset(const std::vector<int64_t>& positions) {
+  std::vector<Segment> segments;
+  std::vector<int64_t> tile_ends;
+  for (int64_t position : positions) segments.push_back(segments_[position]);
+  count_tiles(segments, &tile_ends);
+  run(segments, tile_ends);
+  for (int64_t position : positions) finish(position);
+}
+
+void Plan::run(const std::vector<Segment>& segments, const std::vector<int64_t>& tile_ends) const {
+  if (segments.empty()) return;
+  Launch launch;
+  launch.rule = rule_;
+  launch.segments = segments.data();
+  launch.tile_ends = tile_ends.data();
+  launch.segment_count = int64_t(segments.size());
+  launch.hyper = hyper_.data();
+  launch.hyper_stride = int(hyper_keys_.size());
+  launch.grad_multiplier = grad_multiplier_.data();
+  py::gil_scoped_release without_gil;
+  run_cpu(launch);
+}
+
+void Plan::finish(int64_t position) {
+  if (entries_[position].grad_key == 0) return;
+  const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
+  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  segments_[position].tensor[0] = 0;
+}
+
+std::pair<py::object, int> Plan::at(int64_t position) const {
+  return {entries_.at(position).param, segments_.at(position).row};
+}
+
+int64_t Plan::bytes() const {
+  int64_t total = sizeof(Plan);
+  total +=
+      int64_t(entries_.capacity() * sizeof(Entry) + states_.capacity() * sizeof(py::object) +
+              segments_.capacity() * sizeof(Segment) + layouts_.capacity() * sizeof(layouts_[0]) +
+              tile_ends_.capacity() * 8 + state_items_.capacity() * sizeof(state_items_[0]) +
+              position_of_.size() * (sizeof(PyObject*) + 8 + 2 * sizeof(void*)) +
+              position_of_.bucket_count() * sizeof(void*));
+  for (const auto& layout : layouts_)
+    if (layout) total += sizeof(Layout);
+  return total;
+}
+
+}  // namespace fused_momentum

@@ -1,0 +1,160 @@
+"""Functional ops over lists of tensors, registered with torch: ``sgd_``, ``velocity_``, ``lookahead_``.
+
+Every rule of the table has an op that works in place, ``fm.ops.<rule>_(params, grads, *states, ...)``,
+and one that returns new tensors, ``fm.ops.<rule>(...)``. The tensors may be slices ``flat[start:end]``
+of flat buffers: nothing is copied, so a caller can run the optimizer layer by layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import native, reference
+from .backends import choose
+from .plan import check_tensor
+from .rules import RULES, Rule
+
+_library = torch.library.Library("fused_momentum", "DEF")
+
+
+def _schema(rule: Rule, in_place: bool) -> str:
+    def mark(alias: str) -> str:
+        return f"Tensor({alias}!)[]" if in_place else "Tensor[]"
+
+    tensors = [f"{mark('a')} params", "Tensor[] grads"]
+    tensors += [f"{mark(chr(ord('b') + i))} {s.name}s" for i, s in enumerate(rule.states)]
+    numbers = [f"float {key}" for key in rule.hyper]
+    returns = "()" if in_place else f"({', '.join(['Tensor[]'] * (1 + len(rule.states)))})"
+    name = rule.name + ("_" if in_place else "")
+    return f"{name}({', '.join(tensors)}, *, {', '.join(numbers)}, bool first, bool maximize) -> {returns}"
+
+
+def _check_lists(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
+    names = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
+    optional = [False, False, *(s.when is not None for s in rule.states)]
+    written = []
+    for name, tensors, may_lack in zip(names, lists, optional, strict=True):
+        if len(tensors) != len(lists[0]) and not (may_lack and not tensors):
+            raise ValueError(f"{name} has {len(tensors)} tensors, params {len(lists[0])}")
+        for i, tensor in enumerate(tensors):
+            check_tensor(f"{name}[{i}]", tensor, lists[0][i])
+            if name != "grads":
+                written.append((f"{name}[{i}]", tensor))
+    _check_overlap(written)
+
+
+def _check_overlap(written: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Raise where two tensors that are written share memory."""
+    spans = []
+    for name, t in written:
+        if t.numel() and t.device.type != "meta":
+            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            begin = t.data_ptr()
+            spans.append((t.device.type, begin, begin + (last + 1) * t.element_size(), name))
+    spans.sort()
+    for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:]):
+        if device == other_device and begin < end:
+            raise ValueError(f"{name} and {other} overlap in memory; every one must have its own")
+
+
+@torch.no_grad()
+def _update(rule: Rule, lists, hyper: Sequence[float], first: bool, maximize: bool) -> None:
+    multiplier = -1.0 if maximize else 1.0
+    by_backend: dict[str, list[int]] = {}
+    for i, param in enumerate(lists[0]):
+        by_backend.setdefault(choose("auto", param.device.type).name, []).append(i)
+    for name, indices in by_backend.items():
+        streams = [[tensors[i] for i in indices] if tensors else [] for tensors in lists]
+        if name == "cpu":
+            number = native.rule_index()[rule.name]
+            ones = [float(first)] * len(indices)
+            native.load()[0].run_tensors(number, streams, hyper, multiplier, ones)
+            for k, tensors in enumerate(streams):
+                if k != 1:
+                    torch.autograd.graph.increment_version(tensors)
+            continue
+        absent = [None] * len(indices)
+        for param, grad, *states in zip(*(s or absent for s in streams), strict=True):
+            reference.update(
+                rule, param, grad, states, hyper, grad_multiplier=multiplier, first=first
+            )
+
+
+def _register(rule: Rule) -> tuple[Callable, Callable]:
+    """Register both ops of a rule and return their Python functions."""
+    _library.define(_schema(rule, in_place=True))
+    _library.define(_schema(rule, in_place=False))
+
+    def update(lists, numbers):
+        hyper = [float(numbers[key]) for key in rule.hyper]
+        _update(rule, lists, hyper, numbers["first"], numbers["maximize"])
+
+    def in_place(*lists, **numbers):
+        _check_lists(rule, lists)
+        update(lists, numbers)
+
+    def functional(*lists, **numbers):
+        _check_lists(rule, lists)
+        written = [[t.clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
+        update([written[0], lists[1], *written[1:]], numbers)
+        return tuple(written)
+
+    def fake_in_place(*lists, **numbers):
+        _check_lists(rule, lists)
+
+    def fake(*lists, **numbers):
+        _check_lists(rule, lists)
+        return tuple([torch.empty_like(t) for t in tensors] for tensors in (lists[0], *lists[2:]))
+
+    made = []
+    for name, impl, fake_impl in (
+        (f"{rule.name}_", in_place, fake_in_place),
+        (rule.name, functional, fake),
+    ):
+        _library.impl(name, impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fused_momentum::{name}", fake_impl, lib=_library)
+        made.append(_function(rule, name))
+    return tuple(made)
+
+
+def _function(rule: Rule, name: str) -> Callable:
+    """The Python function of an op: hyper-parameters by name, zero where they are not given."""
+    op = getattr(torch.ops.fused_momentum, name).default
+    positional = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
+    kinds = inspect.Parameter
+    parameters = [kinds(n, kinds.POSITIONAL_OR_KEYWORD) for n in positional]
+    for state, i in zip(rule.states, range(2, len(positional)), strict=True):
+        if state.when is not None:
+            parameters[i] = parameters[i].replace(default=())
+    for key in rule.hyper:
+        default = kinds.empty if key == "lr" else 0.0
+        parameters.append(kinds(key, kinds.KEYWORD_ONLY, default=default))
+    for key in ("first", "maximize"):
+        parameters.append(kinds(key, kinds.KEYWORD_ONLY, default=False))
+    signature = inspect.Signature(parameters)
+
+    def function(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = __name__
+    function.__signature__ = signature
+    how = "Update in place" if name.endswith("_") else "Return updated copies of params and states"
+    function.__doc__ = (
+        f"{how}: ``{rule.formula}``.\n\nLists of tensors of equal length; one shape, device and kind "
+        "(real or complex) per index; those that are written must not overlap. ``first``: this is "
+        "their first step. Gradients are never modified. Raises ValueError or TypeError, naming the "
+        f"tensor, before anything is changed.\n\nSource: {rule.source}."
+    )
+    return function
+
+
+for _rule in RULES.values():
+    globals()[f"{_rule.name}_"], globals()[_rule.name] = _register(_rule)
+
+__all__ = [name for rule in RULES for name in (rule, f"{rule}_")]

@@ -1,0 +1,300 @@
+"""What all optimizers share: arguments, state, loading and saving, the step. No maths."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.autograd import profiler
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .. import flat
+from ..backends import check_request, choose
+from ..plan import Item, Plan, make_states, needed_states
+from ..rules import Rule
+
+
+class Options(NamedTuple):
+    """How an optimizer works, which no checkpoint changes."""
+
+    backend: str
+    flatten: bool | str
+    state_dtype: torch.dtype | None
+
+
+class _Keep:
+    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+def check_lr(lr: float | torch.Tensor) -> None:
+    """Raise where ``lr`` is not one number of 0 or more."""
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+
+
+class FusedOptimizer(Optimizer):
+    """Base of the optimizers: one rule, one plan, one launch per step."""
+
+    rule: ClassVar[Rule]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        backend: str,
+        flatten: bool | str,
+        state_dtype: torch.dtype | None,
+    ):
+        self._check_group({"params": [], **defaults})
+        check_request(backend)
+        if flatten not in (False, True, "grads"):
+            raise ValueError(f"flatten={flatten!r} is not one of False, True, 'grads'")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype={state_dtype} is not a floating-point dtype")
+        self._options = Options(backend, flatten, state_dtype)
+        self._forget_plan()
+        super().__init__(params, defaults)
+
+    # -- arguments ---------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        if not group["momentum"] >= 0.0:
+            raise ValueError(f"Invalid momentum value: {group['momentum']}")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        if group["differentiable"]:
+            if group["fused"]:
+                raise RuntimeError("`fused` does not support `differentiable`")
+            raise RuntimeError(
+                "differentiable=True is not supported: the update is written in place by one "
+                "kernel; use torch.optim.SGD(differentiable=True)"
+            )
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; as torch's, but every group's values are checked."""
+        if isinstance(param_group, dict):
+            params = param_group.get("params", ())
+            params = [params] if isinstance(params, torch.Tensor) else params
+            if not isinstance(params, set):
+                param_group["params"] = params = list(params)
+            self._check_group({**self.defaults, **param_group})
+            seen: dict[int, int] = {}
+            for i, param in enumerate(params):
+                param = param[1] if isinstance(param, tuple) else param
+                if seen.setdefault(id(param), i) != i:
+                    raise ValueError(
+                        "optimizer contains a parameter group with duplicate parameters: "
+                        f"params[{seen[id(param)]}] and params[{i}] are the same tensor"
+                    )
+        super().add_param_group(param_group)
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, in place; return the closure's loss.
+
+        ``closure`` re-evaluates the model; it is called once, with gradients enabled. Gradients are
+        never modified. Where the GradScaler has set ``found_inf``, nothing changes.
+        """
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+        ):
+            return self._hooked_step(closure)
+        return self._step(closure)
+
+    # torch wraps `step` of every optimizer class to call hooks and to name the step to the profiler.
+    # The wrapper costs more than the update of a small model, so `step` calls it only when needed.
+    step.hooked = True
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update(None)
+        return loss
+
+    _hooked_step = Optimizer.profile_hook_step(_step)
+
+    def step_params(self, params: Iterable[torch.Tensor]) -> None:
+        """Update only these parameters, in place, as ``step`` would: one layer at a time.
+
+        Raises ValueError where a tensor is not in the optimizer, or is given twice.
+        """
+        self._update([params] if isinstance(params, torch.Tensor) else list(params))
+
+    def _update(self, params: list[torch.Tensor] | None) -> None:
+        grad_multiplier = self._grad_multiplier()
+        if grad_multiplier is None:
+            return
+        if self._plan is None:
+            self._plan = Plan(self.rule, self._options.backend, self._options.state_dtype)
+        self._plan.step(self.param_groups, self.state, params, grad_multiplier)
+        if self._options.flatten and self._plan.moves != self._moves_seen:
+            self.flatten()
+            self._moves_seen = self._plan.moves
+
+    def _grad_multiplier(self) -> float | None:
+        """1 / loss scale as the GradScaler set it, or None where the step must be skipped."""
+        found_inf = self.__dict__.get("found_inf")
+        if found_inf is not None and found_inf.item() != 0:
+            return None
+        scale = self.__dict__.get("grad_scale")
+        if scale is None:
+            return 1.0
+        # Rounded to float32 as GradScaler.unscale_ does.
+        return ctypes.c_float(1.0 / scale.item()).value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the GradScaler may leave unscaling and skipping to ``step`` (``fused=True``)."""
+        return any(group["fused"] for group in self.param_groups)
+
+    def _forget_plan(self) -> None:
+        self._plan: Plan | None = None
+        self._moves_seen = -2
+        self._flat_grads: list[tuple[torch.Tensor, list]] = []
+
+    # -- flat parameters and gradients -------------------------------------------------------------
+
+    def flatten(self) -> list[torch.Tensor]:
+        """Move the parameters into flat buffers, one per device and dtype, and return the buffers.
+
+        Each ``p.data`` becomes a slice of a buffer, with p's shape and memory order. With
+        ``flatten=True`` this happens after the first step, and after each step that found a parameter
+        at another address. ``flatten="grads"`` does the same to the gradients.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._flat_params = flat.rehome(params, "data")
+        if self._options.flatten == "grads":
+            self._flat_grads = flat.rehome([p for p in params if p.grad is not None], "grad")
+        return [buffer for buffer, _ in self._flat_params]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; with ``flatten="grads"`` one memset per buffer, and they stay."""
+        for buffer, members in self._flat_grads:
+            if any(p.grad is not None and p.grad.data_ptr() != at for p, at in members):
+                break
+            if all(p.grad is not None for p, _ in members):
+                buffer.zero_()
+        else:
+            if self._flat_grads:
+                return
+        super().zero_grad(set_to_none)
+
+    # -- saving and loading ------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plan()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._rehome_states()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict``, of this class or of its torch twin; states keep their values.
+
+        Unlike torch's, it does not round states to the parameter's dtype, and the loaded tensors are
+        copied. Raises ValueError, and changes nothing, where the dict is of another structure.
+        """
+        # Runs after the user's own hooks, on what they have made of the dict.
+        handle = self.register_load_state_dict_pre_hook(FusedOptimizer._keep_states)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _keep_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check the states of a dict that is being loaded and shield them from torch's cast."""
+        names = [s.name for s in self.rule.states]
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        param_of = dict(zip(saved, params, strict=False))
+        kept = dict(state_dict["state"])
+        for i, values in kept.items():
+            if i not in param_of or not isinstance(values, dict):
+                continue
+            kept[i] = shielded = {k: v for k, v in values.items() if v is not None}
+            if shielded and not any(name in shielded for name in names):
+                raise ValueError(
+                    f"state_dict: state of parameter {i} has {sorted(shielded)}; needed: {names}"
+                )
+            for name in names:
+                if name not in shielded:
+                    continue
+                if shielded[name].shape != param_of[i].shape:
+                    raise ValueError(
+                        f"state_dict: {name} of parameter {i} has shape "
+                        f"{list(shielded[name].shape)}; needed: {list(param_of[i].shape)}"
+                    )
+                shielded[name] = _Keep(shielded[name])
+        return {**state_dict, "state": kept}
+
+    @torch.no_grad()
+    def _rehome_states(self) -> None:
+        """Copy all states into new flat buffers; after loading, unpickling and deepcopy."""
+        names = {s.name for s in self.rule.states}
+        found = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                values = self.state.get(param)
+                for name in names & set(values or ()):
+                    value = values.pop(name)
+                    found.append((param, name, value))
+        # A buffer that momentum 0 leaves unused is kept as well.
+        always = {key: 1.0 for s in self.rule.states if (key := s.when)}
+        items = [Item(param, always) for param, _, _ in found]
+        make_states(self.rule, items, self.state, self._options.state_dtype)
+        for param, name, value in found:
+            tensor = value.tensor if isinstance(value, _Keep) else value
+            self.state[param][name].copy_(tensor)
+
+    # -- what ran ----------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """The back-ends in use and why, one per kind of device."""
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        choices = [
+            (device, choose(self._options.backend, device)) for device in sorted(devices)
+        ]
+        return ", ".join(f"{device}: {name} ({reason})" for device, (name, reason) in choices)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}\nbackend: {self.backend}\n)"
+
+
+def sgd_keywords(
+    maximize: bool, foreach: bool | None, differentiable: bool, fused: bool | None, capturable: bool
+) -> dict[str, Any]:
+    """The keywords of torch.optim.SGD that say how, not what, as keys of a group."""
+    return {
+        "maximize": maximize,
+        "foreach": foreach,
+        "differentiable": differentiable,
+        "fused": fused,
+        "capturable": capturable,
+    }
+
+
+__all__ = ["FusedOptimizer", "Options", "check_lr", "needed_states", "sgd_keywords"]

@@ -1,0 +1,91 @@
+"""Nesterov's accelerated gradient with the exact look-ahead."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ..rules import RULES
+from .momentum import FusedMomentum
+
+
+class FusedNAG(FusedMomentum):
+    r"""Nesterov's accelerated gradient: the gradient is taken at the look-ahead point itself.
+
+    For each parameter with iterate x, at its step t::
+
+        g_t = gradient at x_t + momentum * v_{t-1} (negated with maximize), plus weight_decay times
+              that point
+        v_t = momentum * v_{t-1} - lr * g_t,   v_0 = 0
+        x_{t+1} = x_t + v_t
+
+    Between steps the parameters hold the look-ahead point ``x + momentum * v``, so that the next
+    backward pass takes its gradient there. ``eval()`` moves them to the iterate x, for evaluating or
+    exporting the model, and ``train()`` back to the look-ahead point. With a constant lr the
+    look-ahead points are those of ``FusedSGD(nesterov=True)``.
+
+    Args: as ``FusedMomentum``. The group key ``lookahead_momentum`` holds the momentum with which the
+    parameters look ahead now (0 after ``eval()``); it is saved with the groups.
+
+    ``state[p]["velocity"]`` is a slice of a flat buffer. ``step`` changes parameters and velocities
+    in place, and never gradients.
+
+    Raises: as ``FusedSGD``; RuntimeError where ``step`` is called between ``eval()`` and ``train()``.
+
+    Source: Nesterov, "A method of solving a convex programming problem with convergence rate
+    O(1/k^2)" (1983); Sutskever et al. (2013), equations 3 and 4.
+
+    Example:
+        >>> import torch, fused_momentum
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = fused_momentum.FusedNAG([w], lr=0.25, momentum=0.5)
+        >>> w.square().sum().backward()
+        >>> optimizer.step()
+        >>> w.detach()                                     # the look-ahead point
+        tensor([0.2500, 0.5000])
+        >>> optimizer.eval()
+        >>> w.detach()                                     # the iterate
+        tensor([0.5000, 1.0000])
+        >>> optimizer.train()
+    """
+
+    rule = RULES["lookahead"]
+    _more_defaults: ClassVar[dict[str, Any]] = {"lookahead_momentum": 0.0, "evaluating": False}
+
+    def _update(self, params: list[torch.Tensor] | None) -> None:
+        if any(group["evaluating"] for group in self.param_groups):
+            raise RuntimeError("FusedNAG: step() after eval(); call train() first")
+        super()._update(params)
+        stepped = None if params is None else {id(p) for p in params}
+        for group in self.param_groups:
+            before, now = group["lookahead_momentum"], float(group["momentum"])
+            if before != now:
+                self._look_ahead(group, now - before, stepped)
+                group["lookahead_momentum"] = now
+
+    @torch.no_grad()
+    def _look_ahead(self, group: dict, by: float, stepped: set[int] | None) -> None:
+        """Move those parameters of a group that the step has not moved."""
+        for p in group["params"]:
+            moved = p.grad is not None and (stepped is None or id(p) in stepped)
+            velocity = self.state.get(p, {}).get("velocity")
+            if velocity is not None and not moved:
+                p.add_(velocity.to(p.dtype), alpha=by)
+
+    def _move(self, evaluating: bool) -> None:
+        for group in self.param_groups:
+            if group["evaluating"] == evaluating:
+                continue
+            target = 0.0 if evaluating else float(group["momentum"])
+            self._look_ahead(group, target - group["lookahead_momentum"], set())
+            group["lookahead_momentum"] = target
+            group["evaluating"] = evaluating
+
+    def eval(self) -> None:
+        """Move the parameters to the iterate x; does nothing where they are there already."""
+        self._move(evaluating=True)
+
+    def train(self) -> None:
+        """Move the parameters to the look-ahead point; does nothing where they are there already."""
+        self._move(evaluating=False)

@@ -1,0 +1,168 @@
+"""What one step works on: which back-end takes which tensors, and the states they need.
+
+On tensors with a compiled back-end the walk over parameters, gradients and states is the extension's
+(``csrc/plan.cpp``), cached between steps. The reference walks in Python, afresh at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import flat, native, reference
+from .backends import Choice, choose
+from .rules import Rule
+
+
+class Item(NamedTuple):
+    """One parameter that takes part in a step."""
+
+    param: torch.Tensor
+    group: dict
+
+
+def state_dtype(param: torch.Tensor, requested: torch.dtype | None) -> torch.dtype:
+    """The type of a parameter's states: float32 by default, float64 over float64."""
+    if param.is_complex():
+        return param.dtype
+    return requested or reference.compute_dtype(param)
+
+
+def needed_states(rule: Rule, group: dict) -> list[str]:
+    """Names of the states that the rule keeps with this group's hyper-parameters."""
+    return [s.name for s in rule.states if s.when is None or group[s.when] != 0]
+
+
+def make_states(rule: Rule, items: Sequence[Item], state: dict, dtype: torch.dtype | None) -> None:
+    """Add the states that are missing to ``state``: zeros, views of new flat buffers."""
+    missing = [
+        (item.param, name)
+        for item in items
+        for name in needed_states(rule, item.group)
+        if name not in state.get(item.param, ())
+    ]
+    tensors = [param for param, _ in missing]
+    made = flat.zeros_like(tensors, [state_dtype(p, dtype) for p in tensors], own_storage=True)
+    for (param, name), tensor in zip(missing, made, strict=True):
+        state.setdefault(param, {})[name] = tensor
+
+
+def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
+    """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
+    if tensor.is_sparse or tensor.layout in (torch.sparse_csr, torch.sparse_csc):
+        raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: a floating-point or complex one")
+    if tensor.device != param.device:
+        raise ValueError(
+            f"{name} is on device {tensor.device}, its parameter on {param.device}; "
+            "both must be on the same device"
+        )
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, its parameter {list(param.shape)}; "
+            "they must be the same"
+        )
+    if tensor.is_complex() != param.is_complex():
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, its parameter {param.dtype}; "
+            "both must be real or both complex"
+        )
+
+
+class Plan:
+    """Runs one step of ``rule`` with the back-end ``request`` (a name, or "auto")."""
+
+    def __init__(self, rule: Rule, request: str, dtype: torch.dtype | None):
+        self.rule = rule
+        self.choices: dict[str, Choice] = {}
+        self._request = request
+        self._dtype = dtype
+        self._native = None
+        if self.choose("cpu").name == "cpu" if request == "auto" else request == "cpu":
+            extension, _ = native.load()
+            keys = [
+                extension.StateKey(s.name, -1 if s.when is None else rule.hyper.index(s.when))
+                for s in rule.states
+            ]
+            self._native = extension.Plan(native.rule_index()[rule.name], rule.hyper, keys)
+        self._others = self._native is None
+
+    def choose(self, device_type: str) -> Choice:
+        """The back-end for tensors on a device, chosen when the first of them appears."""
+        if device_type not in self.choices:
+            self.choices[device_type] = choose(self._request, device_type)
+        return self.choices[device_type]
+
+    @property
+    def moves(self) -> int:
+        """Changes whenever a parameter was found at another address (always, in Python)."""
+        return -1 if self._native is None else self._native.moves
+
+    def step(
+        self,
+        groups: list[dict],
+        state: dict,
+        params: Sequence[torch.Tensor] | None,
+        grad_multiplier: float,
+    ) -> None:
+        """Update every parameter with a gradient, or those of ``params``; all of it or nothing."""
+        work = self._reference_work(groups, state, params) if self._others else ()
+        first: list[int] = []
+        while self._native is not None:
+            todo = self._native.step(groups, state, params, grad_multiplier, first, self._others)
+            if todo is None:
+                break
+            if todo.others and not self._others:
+                self._others = True
+                work = self._reference_work(groups, state, params)
+            items = [Item(param, groups[row]) for param, row in map(self._native.at, todo.missing)]
+            make_states(self.rule, items, state, self._dtype)
+            first = todo.missing
+        if work:
+            self._run_reference(work, state, grad_multiplier)
+
+    def _reference_work(self, groups, state, params) -> list[Item]:
+        """The checked tensors that the reference updates: those no compiled back-end takes."""
+        wanted = None if params is None else {id(p) for p in params}
+        work = []
+        for i, group in enumerate(groups):
+            for k, param in enumerate(group["params"]):
+                if wanted is not None and id(param) not in wanted:
+                    continue
+                (wanted or set()).discard(id(param))
+                if param.grad is None or self.choose(param.device.type).name != "reference":
+                    continue
+                name = f"param_groups[{i}]['params'][{k}]"
+                check_tensor(name, param, param)
+                check_tensor(f"{name}.grad", param.grad, param)
+                for key in needed_states(self.rule, group):
+                    if key in state.get(param, ()):
+                        check_tensor(f"{name} state", state[param][key], param)
+                work.append(Item(param, group))
+        if wanted:
+            index = [id(p) in wanted for p in params].index(True)
+            raise ValueError(f"params[{index}] is not a parameter of this optimizer")
+        return work
+
+    @torch.no_grad()
+    def _run_reference(self, work: list[Item], state: dict, grad_multiplier: float) -> None:
+        first = {
+            id(param)
+            for param, group in work
+            if any(n not in state.get(param, ()) for n in needed_states(self.rule, group))
+        }
+        make_states(self.rule, work, state, self._dtype)
+        for param, group in work:
+            needed = needed_states(self.rule, group)
+            reference.update(
+                self.rule,
+                param,
+                param.grad,
+                [state[param][s.name] if s.name in needed else None for s in self.rule.states],
+                [group[key] for key in self.rule.hyper],
+                grad_multiplier=-grad_multiplier if group["maximize"] else grad_multiplier,
+                first=id(param) in first,
+            )
