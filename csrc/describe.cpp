@@ -1,11 +1,22 @@
 // From torch tensors to a segment: what may be updated, and the error for what may not.
 #include <ATen/MemoryOverlap.h>
+#include <torch/csrc/DynamicTypes.h>
 
 #include "layout.h"
 #include "plan.h"
 
 namespace fused_momentum {
 namespace {
+
+constexpr const char* kDTypes =
+    "torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, "
+    "torch.complex128";
+
+// The dtype as Python writes it.
+std::string dtype_name(const at::Tensor& tensor) {
+  auto* dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(tensor.scalar_type()));
+  return py::str(py::handle(dtype));
+}
 
 DType dtype_of(const std::string& name, const at::Tensor& tensor) {
   switch (c10::toRealValueType(tensor.scalar_type())) {
@@ -18,8 +29,7 @@ DType dtype_of(const std::string& name, const at::Tensor& tensor) {
     case at::kHalf:
       return DType::f16;
     default:
-      TORCH_CHECK_TYPE(false, name, " has dtype ", tensor.scalar_type(),
-                       "; needed: float32, float64, bfloat16, float16, complex64 or complex128");
+      TORCH_CHECK_TYPE(false, name, " has dtype ", dtype_name(tensor), "; needed: ", kDTypes);
   }
 }
 
@@ -36,7 +46,7 @@ void check_stream(const std::string& name, const at::Tensor& param, const at::Te
   TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), name, " has shape ", tensor.sizes(),
                     ", its parameter ", param.sizes(), "; they must be the same");
   TORCH_CHECK_TYPE(tensor.is_complex() == param.is_complex(), name, " has dtype ",
-                   tensor.scalar_type(), ", its parameter ", param.scalar_type(),
+                   dtype_name(tensor), ", its parameter ", dtype_name(param),
                    "; both must be real or both complex");
 }
 

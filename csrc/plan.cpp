@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 
@@ -10,17 +11,32 @@
 namespace fused_momentum {
 namespace {
 
-// Changes whenever a tensor's dtype, device, shape or strides do.
-uint64_t key_of(const at::Tensor& tensor) {
+// Changes whenever a tensor's dtype, kind of device, shape or strides do; never 0.
+inline uint64_t key_of(const at::Tensor& tensor) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  uint64_t key = uint64_t(tensor.scalar_type()) << 32 ^ uint64_t(impl->device_type()) << 16 ^
-                 uint64_t(uint8_t(impl->device().index()));
-  const auto mix = [&](uint64_t value) { key = (key ^ value) * 0x9e3779b97f4a7c15u + (key >> 29); };
-  if (impl->layout() != at::kStrided || impl->is_python_dispatch()) return 1;
-  mix(uint64_t(tensor.is_conj()) * 2 + uint64_t(tensor.is_neg()));
-  for (int64_t size : tensor.sizes()) mix(uint64_t(size));
-  for (int64_t stride : tensor.strides()) mix(uint64_t(stride));
-  return key | 2;
+  // The dispatch keys tell device, layout, subclass and lazy conjugation apart.
+  uint64_t key = (impl->key_set().raw_repr() << 8 ^ uint64_t(impl->dtype().toScalarType())) << 1;
+  const auto sizes = impl->sizes(), strides = impl->strides();
+  for (size_t d = 0; d < sizes.size(); d++) {
+    key = (key ^ uint64_t(sizes[d])) * 0x9e3779b97f4a7c15u;
+    key = (key ^ (key >> 31) ^ uint64_t(strides[d])) * 0xd6e8feb86659fd93u;
+  }
+  return key | 1;
+}
+
+// param.grad without its virtual calls, and without its warning for tensors that are no leaves.
+inline const at::Tensor& grad_of(const at::Tensor& param) {
+  static const at::Tensor none;
+  const auto* meta =
+      static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
+  return meta ? meta->grad_ : none;
+}
+
+// Where the elements of a strided tensor begin: data_ptr() without its virtual calls.
+inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
+  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
+  return static_cast<char*>(data) + impl->storage_offset() * itemsize;
 }
 
 double number_of(PyObject* value, PyObject* key) {
@@ -35,19 +51,26 @@ double number_of(PyObject* value, PyObject* key) {
   return number;
 }
 
-double read_number(PyObject* dict, const py::str& key) {
-  PyObject* value = PyDict_GetItem(dict, key.ptr());
-  TORCH_CHECK(value != nullptr, "param_groups: key '", std::string(key), "' is missing");
+double read_number(PyObject* dict, const py::object& key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key.ptr());
+  TORCH_CHECK(value != nullptr, "param_groups: key '", py::cast<std::string>(key), "' is missing");
   return number_of(value, key.ptr());
+}
+
+// Keys are interned, as those in the dicts are: a look-up then compares addresses, not letters.
+py::object interned(const std::string& name) {
+  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str()));
 }
 
 }  // namespace
 
-Plan::Plan(int rule, std::vector<std::string> hyper_keys, std::vector<StateKey> state_keys)
+Plan::Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys)
     : rule_(rule),
-      hyper_keys_(hyper_keys.begin(), hyper_keys.end()),
-      state_keys_(std::move(state_keys)) {
-  for (const StateKey& key : state_keys_) state_names_.emplace_back(key.name);
+      state_keys_(std::move(state_keys)),
+      params_key_(interned("params")),
+      maximize_key_(interned("maximize")) {
+  for (const std::string& key : hyper_keys) hyper_keys_.push_back(interned(key));
+  for (const StateKey& key : state_keys_) state_names_.push_back(interned(key.name));
 }
 
 bool Plan::groups_changed(const py::list& groups) const {
@@ -55,7 +78,7 @@ bool Plan::groups_changed(const py::list& groups) const {
   for (size_t i = 0; i < groups_.size(); i++) {
     const Group& group = groups_[i];
     if (PyList_GET_ITEM(groups.ptr(), i) != group.dict.ptr()) return true;
-    PyObject* params = PyDict_GetItem(group.dict.ptr(), params_key_.ptr());
+    PyObject* params = PyDict_GetItemWithError(group.dict.ptr(), params_key_.ptr());
     if (params == nullptr || !PyList_Check(params) ||
         PyList_GET_SIZE(params) != group.end - group.begin)
       return true;
@@ -77,7 +100,7 @@ void Plan::read_groups(const py::list& groups) {
       TORCH_CHECK_TYPE(THPVariable_Check(param.ptr()), "param_groups[", groups_.size(),
                        "]['params'][", int64_t(entries_.size()) - group.begin, "] is a ",
                        Py_TYPE(param.ptr())->tp_name, "; needed: a tensor");
-      position_of_[param.ptr()] = int64_t(entries_.size());
+      position_of_.emplace_back(param.ptr(), int64_t(entries_.size()));
       Entry entry;
       entry.param = py::reinterpret_borrow<py::object>(param);
       entries_.push_back(std::move(entry));
@@ -88,6 +111,10 @@ void Plan::read_groups(const py::list& groups) {
     group.end = int64_t(entries_.size());
     groups_.push_back(std::move(group));
   }
+  std::sort(position_of_.begin(), position_of_.end());
+  entries_.shrink_to_fit();
+  segments_.shrink_to_fit();
+  position_of_.shrink_to_fit();
   states_.assign(entries_.size() * state_keys_.size(), py::object());
   layouts_.clear();
   layouts_.resize(entries_.size());
@@ -98,7 +125,7 @@ void Plan::read_hyper(double grad_multiplier) {
   hyper_.clear();
   grad_multiplier_.clear();
   for (const Group& group : groups_) {
-    for (const py::str& key : hyper_keys_) hyper_.push_back(read_number(group.dict.ptr(), key));
+    for (const py::object& key : hyper_keys_) hyper_.push_back(read_number(group.dict.ptr(), key));
     const bool maximize = read_number(group.dict.ptr(), maximize_key_) != 0;
     grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
   }
@@ -116,9 +143,17 @@ void Plan::read_state(const py::dict& state) {
   for (Entry& entry : entries_) entry.state = nullptr;
   for (at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
     state_items_.emplace_back(key, value);
-    const auto found = position_of_.find(key);
-    if (found != position_of_.end() && PyDict_Check(value)) entries_[found->second].state = value;
+    const int64_t position = find(key);
+    if (position >= 0 && PyDict_Check(value)) entries_[position].state = value;
   }
+  state_items_.shrink_to_fit();
+}
+
+// The position of a parameter, or -1.
+int64_t Plan::find(PyObject* param) const {
+  const auto found =
+      std::lower_bound(position_of_.begin(), position_of_.end(), std::make_pair(param, int64_t(0)));
+  return found != position_of_.end() && found->first == param ? found->second : -1;
 }
 
 bool Plan::needs(const StateKey& key, int row) const {
@@ -144,7 +179,7 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
   Entry& entry = entries_[position];
   Segment& segment = segments_[position];
   const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
-  const at::Tensor& given = param.grad();
+  const at::Tensor& given = grad_of(param);
   if (!given.defined() || !param.device().is_cpu()) {
     todo->others |= given.defined();
     sit_out(position);
@@ -159,7 +194,8 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
   for (size_t k = 0; k < state_keys_.size(); k++) {
     PyObject* found = nullptr;
     if (needs(state_keys_[k], segment.row)) {
-      if (entry.state != nullptr) found = PyDict_GetItem(entry.state, state_names_[k].ptr());
+      if (entry.state != nullptr)
+        found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
       if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
       has_states &= found != nullptr;
     }
@@ -169,7 +205,8 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
       changed = true;
     }
     if (found != nullptr && !changed && segment.data[2 + k] != nullptr)
-      changed = THPVariable_Unpack(found).const_data_ptr() != segment.data[2 + k];
+      changed = address_of(THPVariable_Unpack(found).unsafeGetTensorImpl(), entry.itemsize[2 + k],
+                           true) != segment.data[2 + k];
   }
   const void* before = segment.data[0];
   if (changed) {
@@ -178,8 +215,8 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
     entry.param_key = param_key;
     entry.grad_key = grad_key;
   } else if (segment.numel != 0) {
-    segment.data[0] = param.mutable_data_ptr();
-    segment.data[1] = const_cast<void*>(grad.const_data_ptr());
+    segment.data[0] = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
+    segment.data[1] = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
   }
   moves_ += before != segment.data[0];
   if (!has_states) todo->missing.push_back(position);
@@ -192,6 +229,8 @@ void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& 
     const py::object& state = states_[position * state_keys_.size() + k];
     streams.push_back(state ? THPVariable_Unpack(state.ptr()) : at::Tensor());
   }
+  for (size_t s = 0; s < streams.size(); s++)
+    entries_[position].itemsize[s] = streams[s].defined() ? uint8_t(streams[s].itemsize()) : 0;
   const int64_t numel = segments_[position].numel;
   describe(name_of(position), streams, &segments_[position], &layouts_[position]);
   tiles_changed_ |= numel != segments_[position].numel;
@@ -200,13 +239,12 @@ void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& 
 std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
   std::vector<int64_t> positions;
   for (const py::handle& param : subset) {
-    const auto found = position_of_.find(param.ptr());
-    TORCH_CHECK_VALUE(found != position_of_.end(), "params[", positions.size(),
+    const int64_t position = find(param.ptr());
+    TORCH_CHECK_VALUE(position >= 0, "params[", positions.size(),
                       "] is not a parameter of this optimizer");
-    TORCH_CHECK_VALUE(
-        std::find(positions.begin(), positions.end(), found->second) == positions.end(), "params[",
-        positions.size(), "] is given twice");
-    positions.push_back(found->second);
+    TORCH_CHECK_VALUE(std::find(positions.begin(), positions.end(), position) == positions.end(),
+                      "params[", positions.size(), "] is given twice");
+    positions.push_back(position);
   }
   return positions;
 }
@@ -275,13 +313,12 @@ std::pair<py::object, int> Plan::at(int64_t position) const {
 }
 
 int64_t Plan::bytes() const {
-  int64_t total = sizeof(Plan);
-  total +=
-      int64_t(entries_.capacity() * sizeof(Entry) + states_.capacity() * sizeof(py::object) +
-              segments_.capacity() * sizeof(Segment) + layouts_.capacity() * sizeof(layouts_[0]) +
-              tile_ends_.capacity() * 8 + state_items_.capacity() * sizeof(state_items_[0]) +
-              position_of_.size() * (sizeof(PyObject*) + 8 + 2 * sizeof(void*)) +
-              position_of_.bucket_count() * sizeof(void*));
+  const auto bytes_of = [](const auto& list) {
+    return int64_t(list.capacity() * sizeof(*list.data()));
+  };
+  int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(segments_) +
+                  bytes_of(layouts_) + bytes_of(tile_ends_) + bytes_of(state_items_) +
+                  bytes_of(position_of_);
   for (const auto& layout : layouts_)
     if (layout) total += sizeof(Layout);
   return total;

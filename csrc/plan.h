@@ -9,7 +9,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "launch.h"
@@ -23,7 +22,7 @@ struct StateKey {
 
 class Plan {
  public:
-  Plan(int rule, std::vector<std::string> hyper_keys, std::vector<StateKey> state_keys);
+  Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys);
 
   // What must be done before a step can be: make states for the tensors at these positions, or find
   // a back-end for tensors on other devices.
@@ -56,8 +55,9 @@ class Plan {
   };
   struct Entry {
     py::object param;
-    PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
-    uint64_t param_key = 0, grad_key = 0;
+    PyObject* state = nullptr;             // state[param], owned by the optimizer's dict
+    uint64_t param_key = 0, grad_key = 0;  // 0: takes no part
+    uint8_t itemsize[kMaxStreams] = {};
   };
 
   bool groups_changed(const py::list& groups) const;
@@ -67,6 +67,7 @@ class Plan {
   bool read_entry(int64_t position, Todo* todo);
   void sit_out(int64_t position);
   void prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad);
+  int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;
   bool needs(const StateKey& key, int row) const;
   std::vector<int64_t> positions_of(const py::list& subset) const;
@@ -76,15 +77,15 @@ class Plan {
   void finish(int64_t position);
 
   const int rule_;
-  const std::vector<py::str> hyper_keys_;
-  std::vector<StateKey> state_keys_;
-  std::vector<py::str> state_names_;
-  py::str params_key_{"params"}, maximize_key_{"maximize"};
+  std::vector<py::object> hyper_keys_;
+  const std::vector<StateKey> state_keys_;
+  std::vector<py::object> state_names_;
+  const py::object params_key_, maximize_key_;
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
   std::vector<py::object> states_;  // entries x state_keys: the tensors the segments point into
-  std::unordered_map<PyObject*, int64_t> position_of_;
+  std::vector<std::pair<PyObject*, int64_t>> position_of_;  // sorted by address
   std::vector<std::pair<PyObject*, PyObject*>> state_items_;
 
   // Gradients that were lazily conjugated or negated, made real; alive until the next step.

@@ -33,7 +33,7 @@ inline int64_t segment_of(const int64_t* tile_ends, int64_t segment_count, int64
 }
 
 // What a tensor costs a CPU thread besides its elements, in elements.
-constexpr int64_t kSegmentCost = 128;
+constexpr int64_t kSegmentCost = 32;
 
 // Deals the tiles out to `parts` workers so that each gets the same cost: writes parts + 1 tile
 // numbers to `bounds`, where worker k takes the tiles from bounds[k] up to bounds[k + 1].

@@ -101,18 +101,30 @@ def initialize_velocities_from_params(params: Iterable[torch.Tensor]) -> list[to
     return zeros_like(params, [p.dtype for p in params])
 
 
-@torch.no_grad()
-def rehome(
-    params: Sequence[torch.Tensor], attribute: str
-) -> list[tuple[torch.Tensor, list[tuple[torch.Tensor, int]]]]:
-    """Move every ``param.<attribute>`` ("data" or "grad") into new flat buffers.
+class Home:
+    """Flat buffers that parameters (or their gradients) live in, and at which addresses."""
 
-    Returns, per device and dtype, the buffer and its members with their addresses in it.
-    """
-    tensors = [getattr(p, attribute) for p in params]
-    buffers = []
-    for buffer, slots in _allocate_like(tensors, [t.dtype for t in tensors], own_storage=True):
-        for i, slot in slots:
-            setattr(params[i], attribute, slot.copy_(tensors[i]))
-        buffers.append((buffer, [(params[i], slot.data_ptr()) for i, slot in slots]))
-    return buffers
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+        self._attribute = "data"
+        self._address: dict[int, int] = {}
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, params: Sequence[torch.Tensor], attribute: str) -> Home:
+        """Move every ``param.<attribute>`` ("data" or "grad") into new buffers."""
+        home = cls()
+        home._attribute = attribute
+        tensors = [getattr(p, attribute) for p in params]
+        for buffer, slots in _allocate_like(tensors, [t.dtype for t in tensors], True):
+            home.buffers.append(buffer)
+            for i, slot in slots:
+                setattr(params[i], attribute, slot.copy_(tensors[i]))
+                home._address[id(params[i])] = slot.data_ptr()
+        return home
+
+    def holds(self, params: Iterable[torch.Tensor]) -> bool:
+        """Whether every one of these still lives at its address here."""
+        return all(
+            self._address.get(id(p)) == getattr(p, self._attribute).data_ptr() for p in params
+        )

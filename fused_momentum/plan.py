@@ -16,6 +16,16 @@ from .backends import Choice, choose
 from .rules import Rule
 
 
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
 class Item(NamedTuple):
     """One parameter that takes part in a step."""
 
@@ -53,8 +63,8 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
     """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
     if tensor.is_sparse or tensor.layout in (torch.sparse_csr, torch.sparse_csc):
         raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: a floating-point or complex one")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
     if tensor.device != param.device:
         raise ValueError(
             f"{name} is on device {tensor.device}, its parameter on {param.device}; "
@@ -81,6 +91,7 @@ class Plan:
         self._request = request
         self._dtype = dtype
         self._native = None
+        self._walks = 0
         if self.choose("cpu").name == "cpu" if request == "auto" else request == "cpu":
             extension, _ = native.load()
             keys = [
@@ -98,8 +109,8 @@ class Plan:
 
     @property
     def moves(self) -> int:
-        """Changes whenever a parameter was found at another address (always, in Python)."""
-        return -1 if self._native is None else self._native.moves
+        """Changes at least when a parameter was found at another address."""
+        return self._walks + (self._native.moves if self._native else 0)
 
     def step(
         self,
@@ -126,6 +137,7 @@ class Plan:
 
     def _reference_work(self, groups, state, params) -> list[Item]:
         """The checked tensors that the reference updates: those no compiled back-end takes."""
+        self._walks += 1
         wanted = None if params is None else {id(p) for p in params}
         work = []
         for i, group in enumerate(groups):

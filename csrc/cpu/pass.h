@@ -42,6 +42,14 @@ inline void run_block(const Segment& segment, int64_t begin, int n, T grad_multi
   constexpr int streams = 2 + Rule::kStates;
   alignas(64) T buffers[streams][kBlock];
   T* at[streams];
+  bool direct = segment.layout == nullptr;
+  for (int s = 0; s < streams; s++) {
+    at[s] = static_cast<T*>(segment.data[s]) + begin;
+    direct &= segment.data[s] != nullptr && segment.dtype[s] == native<T>;
+  }
+  if (direct)
+    return update_streams<Rule, T>(at, n, grad_multiplier, scalars,
+                                   std::make_index_sequence<Rule::kStates>{});
   for (int s = 0; s < streams; s++) {
     const Span span{segment.data[s], segment.layout, s, begin, n};
     if (segment.data[s] == nullptr) {
@@ -84,8 +92,8 @@ void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
     const Segment& segment = launch.segments[i];
     const int64_t begin = (tile - first) * kTile;
     const int64_t end = (last - first) * kTile;
-    const auto run =
-        segment.dtype[0] == DType::f64 ? run_segment<Rule, double> : run_segment<Rule, float>;
+    const auto run = segment.dtype[0] == DType::f64 ? run_segment<Rule, double>
+                                                    : run_segment<Rule, float>;
     run(launch, segment, begin, end < segment.numel ? end : segment.numel);
     tile = last;
   }

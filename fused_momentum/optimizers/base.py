@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import flat
 from ..backends import check_request, choose
-from ..plan import Item, Plan, make_states, needed_states
+from ..plan import Item, Plan, make_states
 from ..rules import Rule
 
 
@@ -44,6 +44,8 @@ class FusedOptimizer(Optimizer):
     """Base of the optimizers: one rule, one plan, one launch per step."""
 
     rule: ClassVar[Rule]
+    # Keys that a group has besides the arguments of the class, with their first values.
+    _group_state: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -98,6 +100,8 @@ class FusedOptimizer(Optimizer):
                         "optimizer contains a parameter group with duplicate parameters: "
                         f"params[{seen[id(param)]}] and params[{i}] are the same tensor"
                     )
+            for key, value in self._group_state.items():
+                param_group.setdefault(key, value)
         super().add_param_group(param_group)
 
     # -- the step ----------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(None)
+        self._run(None)
         return loss
 
     _hooked_step = Optimizer.profile_hook_step(_step)
@@ -137,18 +141,32 @@ class FusedOptimizer(Optimizer):
 
         Raises ValueError where a tensor is not in the optimizer, or is given twice.
         """
-        self._update([params] if isinstance(params, torch.Tensor) else list(params))
+        self._run([params] if isinstance(params, torch.Tensor) else list(params))
 
-    def _update(self, params: list[torch.Tensor] | None) -> None:
+    def _run(self, params: list[torch.Tensor] | None) -> None:
+        # Under torch.compile the update is one graph break: there is nothing to trace in it.
+        if torch.compiler.is_compiling():
+            self._update_untraced(params)
+        else:
+            self._update(params)
+
+    def _update(self, params: list[torch.Tensor] | None) -> bool:
+        """Update all parameters, or these; return False where the step was skipped."""
         grad_multiplier = self._grad_multiplier()
         if grad_multiplier is None:
-            return
+            return False
         if self._plan is None:
             self._plan = Plan(self.rule, self._options.backend, self._options.state_dtype)
         self._plan.step(self.param_groups, self.state, params, grad_multiplier)
         if self._options.flatten and self._plan.moves != self._moves_seen:
-            self.flatten()
             self._moves_seen = self._plan.moves
+            if not self._is_flat():
+                self.flatten()
+        return True
+
+    @torch._disable_dynamo
+    def _update_untraced(self, params: list[torch.Tensor] | None) -> None:
+        self._update(params)
 
     def _grad_multiplier(self) -> float | None:
         """1 / loss scale as the GradScaler set it, or None where the step must be skipped."""
@@ -168,8 +186,9 @@ class FusedOptimizer(Optimizer):
 
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
-        self._moves_seen = -2
-        self._flat_grads: list[tuple[torch.Tensor, list]] = []
+        self._moves_seen = -1
+        self._flat_params = flat.Home()
+        self._flat_grads = flat.Home()
 
     # -- flat parameters and gradients -------------------------------------------------------------
 
@@ -180,23 +199,29 @@ class FusedOptimizer(Optimizer):
         ``flatten=True`` this happens after the first step, and after each step that found a parameter
         at another address. ``flatten="grads"`` does the same to the gradients.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
-        self._flat_params = flat.rehome(params, "data")
+        self._flat_params = flat.Home.of(self._params(), "data")
         if self._options.flatten == "grads":
-            self._flat_grads = flat.rehome([p for p in params if p.grad is not None], "grad")
-        return [buffer for buffer, _ in self._flat_params]
+            with_grad = [p for p in self._params() if p.grad is not None]
+            self._flat_grads = flat.Home.of(with_grad, "grad")
+        return self._flat_params.buffers
+
+    def _params(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _is_flat(self) -> bool:
+        grads = [p for p in self._params() if p.grad is not None]
+        return self._flat_params.holds(self._params()) and (
+            self._options.flatten != "grads" or self._flat_grads.holds(grads)
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``flatten="grads"`` one memset per buffer, and they stay."""
-        for buffer, members in self._flat_grads:
-            if any(p.grad is not None and p.grad.data_ptr() != at for p, at in members):
-                break
-            if all(p.grad is not None for p, _ in members):
+        grads = [p for p in self._params() if p.grad is not None] if self._flat_grads.buffers else ()
+        if grads and self._flat_grads.holds(grads):
+            for buffer in self._flat_grads.buffers:
                 buffer.zero_()
         else:
-            if self._flat_grads:
-                return
-        super().zero_grad(set_to_none)
+            super().zero_grad(set_to_none)
 
     # -- saving and loading ------------------------------------------------------------------------
 
@@ -207,7 +232,7 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self._forget_plan()
         for group in self.param_groups:
-            for key, value in self.defaults.items():
+            for key, value in {**self.defaults, **self._group_state}.items():
                 group.setdefault(key, value)
         self._rehome_states()
 
@@ -227,9 +252,8 @@ class FusedOptimizer(Optimizer):
     def _keep_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check the states of a dict that is being loaded and shield them from torch's cast."""
         names = [s.name for s in self.rule.states]
-        params = [p for group in self.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        param_of = dict(zip(saved, params, strict=False))
+        param_of = dict(zip(saved, self._params(), strict=False))
         kept = dict(state_dict["state"])
         for i, values in kept.items():
             if i not in param_of or not isinstance(values, dict):
@@ -255,12 +279,9 @@ class FusedOptimizer(Optimizer):
         """Copy all states into new flat buffers; after loading, unpickling and deepcopy."""
         names = {s.name for s in self.rule.states}
         found = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                values = self.state.get(param)
-                for name in names & set(values or ()):
-                    value = values.pop(name)
-                    found.append((param, name, value))
+        for param in self._params():
+            values = self.state.get(param, {})
+            found += [(param, name, values.pop(name)) for name in names & set(values)]
         # A buffer that momentum 0 leaves unused is kept as well.
         always = {key: 1.0 for s in self.rule.states if (key := s.when)}
         items = [Item(param, always) for param, _, _ in found]
@@ -274,11 +295,9 @@ class FusedOptimizer(Optimizer):
     @property
     def backend(self) -> str:
         """The back-ends in use and why, one per kind of device."""
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        choices = [
-            (device, choose(self._options.backend, device)) for device in sorted(devices)
-        ]
-        return ", ".join(f"{device}: {name} ({reason})" for device, (name, reason) in choices)
+        devices = sorted({p.device.type for p in self._params()})
+        choices = [(device, choose(self._options.backend, device)) for device in devices]
+        return ", ".join(f"{name} for {device} ({reason})" for device, (name, reason) in choices)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nbackend: {self.backend}\n)"
@@ -295,6 +314,3 @@ def sgd_keywords(
         "fused": fused,
         "capturable": capturable,
     }
-
-
-__all__ = ["FusedOptimizer", "Options", "check_lr", "needed_states", "sgd_keywords"]

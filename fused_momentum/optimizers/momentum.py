@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch.optim.optimizer import ParamsT
 
@@ -47,7 +45,6 @@ class FusedMomentum(FusedOptimizer):
     """
 
     rule = RULES["velocity"]
-    _more_defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -77,7 +74,6 @@ class FusedMomentum(FusedOptimizer):
             "nesterov": nesterov,
             **sgd_keywords(maximize, foreach, differentiable, fused, capturable),
             "decoupled_weight_decay": decoupled_weight_decay,
-            **self._more_defaults,
         }
         super().__init__(
             params, defaults, backend=backend, flatten=flatten, state_dtype=state_dtype

@@ -51,18 +51,20 @@ class FusedNAG(FusedMomentum):
     """
 
     rule = RULES["lookahead"]
-    _more_defaults: ClassVar[dict[str, Any]] = {"lookahead_momentum": 0.0, "evaluating": False}
+    _group_state: ClassVar[dict[str, Any]] = {"lookahead_momentum": 0.0, "evaluating": False}
 
-    def _update(self, params: list[torch.Tensor] | None) -> None:
+    def _update(self, params: list[torch.Tensor] | None) -> bool:
         if any(group["evaluating"] for group in self.param_groups):
             raise RuntimeError("FusedNAG: step() after eval(); call train() first")
-        super()._update(params)
+        if not super()._update(params):
+            return False
         stepped = None if params is None else {id(p) for p in params}
         for group in self.param_groups:
             before, now = group["lookahead_momentum"], float(group["momentum"])
             if before != now:
                 self._look_ahead(group, now - before, stepped)
                 group["lookahead_momentum"] = now
+        return True
 
     @torch.no_grad()
     def _look_ahead(self, group: dict, by: float, stepped: set[int] | None) -> None:

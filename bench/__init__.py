@@ -1,0 +1,1 @@
+"""Benchmarks of fused_momentum against torch.optim.SGD; the package never imports this."""

@@ -1,0 +1,75 @@
+"""The ceiling of every step with momentum: the machine's rate for p, m <- f(p, g, m).
+
+On a CPU 3 reads and 2 writes by a plain C loop (stream.c), compiled at run time for this processor
+and run by as many threads as torch uses; it shares no code with any contestant. Without a C
+compiler, and on a GPU, torch's operators with 2 reads and 1 write each.
+"""
+
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bench.timing import Contestant
+
+NUMEL = 2**25  # 128 MiB a buffer: several times an ordinary last-level cache
+PASSES = 3  # of the C loop, so that starting the threads is nothing beside it
+
+
+def compiled():
+    """The C function, or None without a compiler."""
+    source = Path(__file__).with_name("stream.c")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "stream.so"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)]
+        try:
+            subprocess.run([*compiler, *flags], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        function = ctypes.CDLL(str(library)).stream
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
+    return function
+
+
+class Stream:
+    """Buffers and a way to stream through them; `how` names the way, `bytes` its traffic a step."""
+
+    def __init__(self, device: torch.device):
+        self.buffers = [torch.ones(NUMEL, device=device) for _ in range(3)]
+        self.function = None if device.type == "cuda" else compiled()
+        self.bytes, self.how, self.step = self._by_c() if self.function else self._by_torch()
+
+    def contestant(self) -> Contestant:
+        """To be timed in the rounds of a case, so that its rate is that of the same minutes."""
+        return Contestant(("stream",), self.step)
+
+    def _by_c(self) -> tuple:
+        """Each thread streams through its own part several times; ctypes lets go of the GIL."""
+        threads = torch.get_num_threads()
+        parts = [buffer.chunk(threads) for buffer in self.buffers]
+        calls = [
+            (*(tensor.data_ptr() for tensor in part), part[0].numel(), PASSES)
+            for part in zip(*parts, strict=True)
+        ]
+        pool = ThreadPoolExecutor(threads)
+
+        def step() -> None:
+            list(pool.map(lambda call: self.function(*call), calls))
+
+        return PASSES * 5 * 4 * NUMEL, "C loop", step
+
+    def _by_torch(self) -> tuple:
+        """m += g, then p -= m: each reads two streams and writes one."""
+        p, g, m = self.buffers
+
+        def step() -> None:
+            m.add_(g)
+            p.sub_(m)
+
+        return 6 * 4 * NUMEL, "torch operators", step
