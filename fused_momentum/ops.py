@@ -1,13 +1,15 @@
-"""Functional ops over lists of tensors, registered with torch: ``sgd_``, ``velocity_``, ``lookahead_``.
+"""Functional ops over lists of tensors, registered with torch.
 
-Every rule of the table has an op that works in place, ``fm.ops.<rule>_(params, grads, *states, ...)``,
-and one that returns new tensors, ``fm.ops.<rule>(...)``. The tensors may be slices ``flat[start:end]``
-of flat buffers: nothing is copied, so a caller can run the optimizer layer by layer.
+Every rule of the table has an op that works in place, ``fm.ops.<rule>_(params, grads, *states,
+...)``, and one that returns new tensors, ``fm.ops.<rule>(...)``. The tensors may be slices
+``flat[start:end]`` of flat buffers: nothing is copied, so a caller can run the optimizer layer by
+layer.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,7 +31,8 @@ def _schema(rule: Rule, in_place: bool) -> str:
     numbers = [f"float {key}" for key in rule.hyper]
     returns = "()" if in_place else f"({', '.join(['Tensor[]'] * (1 + len(rule.states)))})"
     name = rule.name + ("_" if in_place else "")
-    return f"{name}({', '.join(tensors)}, *, {', '.join(numbers)}, bool first, bool maximize) -> {returns}"
+    arguments = [*tensors, "*", *numbers, "bool first", "bool maximize"]
+    return f"{name}({', '.join(arguments)}) -> {returns}"
 
 
 def _check_lists(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -55,7 +58,7 @@ def _check_overlap(written: Sequence[tuple[str, torch.Tensor]]) -> None:
             begin = t.data_ptr()
             spans.append((t.device.type, begin, begin + (last + 1) * t.element_size(), name))
     spans.sort()
-    for (device, _, end, name), (other_device, begin, _, other) in zip(spans, spans[1:]):
+    for (device, _, end, name), (other_device, begin, _, other) in itertools.pairwise(spans):
         if device == other_device and begin < end:
             raise ValueError(f"{name} and {other} overlap in memory; every one must have its own")
 
@@ -144,12 +147,12 @@ def _function(rule: Rule, name: str) -> Callable:
     function.__name__ = function.__qualname__ = name
     function.__module__ = __name__
     function.__signature__ = signature
-    how = "Update in place" if name.endswith("_") else "Return updated copies of params and states"
+    how = "Update in place" if name.endswith("_") else "Return updated params and states"
     function.__doc__ = (
-        f"{how}: ``{rule.formula}``.\n\nLists of tensors of equal length; one shape, device and kind "
-        "(real or complex) per index; those that are written must not overlap. ``first``: this is "
-        "their first step. Gradients are never modified. Raises ValueError or TypeError, naming the "
-        f"tensor, before anything is changed.\n\nSource: {rule.source}."
+        f"{how}: ``{rule.formula}``.\n\nLists of tensors of equal length; one shape, device and "
+        "kind (real or complex) per index; those that are written must not overlap. ``first``: "
+        "this is their first step. Gradients are never modified. Raises ValueError or TypeError, "
+        f"naming the tensor, before anything is changed.\n\nSource: {rule.source}."
     )
     return function
 

@@ -1,7 +1,8 @@
 """What one step works on: which back-end takes which tensors, and the states they need.
 
-On tensors with a compiled back-end the walk over parameters, gradients and states is the extension's
-(``csrc/plan.cpp``), cached between steps. The reference walks in Python, afresh at each step.
+On tensors with a compiled back-end the walk over parameters, gradients and states is the
+extension's (``csrc/plan.cpp``), cached between steps. The reference walks in Python, afresh at
+each step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from . import flat, native, reference
 from .backends import Choice, choose
 from .rules import Rule
-
 
 DTYPES = (
     torch.float32,

@@ -2,23 +2,22 @@
 
 A rule is told twice in this project: here, and in ``csrc/rules.h`` with the same names in the same
 order. The functions below are executed as they stand by the reference (on torch tensors) and by the
-Triton kernels (through ``triton.jit``), so they may use only ``+ - *``, comparisons, and ``if`` on a
-scalar. One operation is one rounding: the order of the operations *is* the definition.
+Triton kernels (through ``triton.jit``), so they may use only ``+ - *``, comparisons, and ``if`` on
+a scalar. One operation is one rounding: the order of the operations *is* the definition.
 
-``derive`` turns the hyper-parameters of a group (float64) into the scalars of an update; each scalar
-is rounded once to the type that the update computes in. ``update`` is elementwise.
+``derive`` turns the hyper-parameters of a group (float64) into the scalars of an update; each
+scalar is rounded once to the type that the update computes in. ``update`` is elementwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 # Triton resolves the names a rule uses through this module's globals and needs its language there.
-try:
+with contextlib.suppress(ImportError):
     import triton.language as tl  # noqa: F401
-except ImportError:
-    pass
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,11 @@ class State:
 class Rule:
     """One row of the table: how a rule is called, and what it needs.
 
-    ``hyper``: keys of a parameter group, in the order in which ``derive`` takes them; ``derive`` takes
-    the ``tensor_scalars`` after them. ``scalars``: what ``derive`` returns. ``update(p, g, *states,
-    *scalars)`` returns ``(p, *states)``, then ``sums`` terms that are summed over the tensor.
-    ``worked`` holds steps done by hand, as a test: hyper-parameters, then per step ``(g, p, *states)``.
+    ``hyper``: keys of a parameter group, in the order in which ``derive`` takes them; ``derive``
+    takes the ``tensor_scalars`` after them. ``scalars``: what ``derive`` returns. ``update(p, g,
+    *states, *scalars)`` returns ``(p, *states)``, then ``sums`` terms that are summed over the
+    tensor. ``worked`` holds steps done by hand, as a test: hyper-parameters, then per step ``(g,
+    p, *states)``.
     """
 
     name: str

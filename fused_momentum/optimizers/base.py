@@ -26,7 +26,7 @@ class Options(NamedTuple):
 
 
 class _Keep:
-    """Carries a tensor through torch's load_state_dict, which would cast it to the parameter's dtype."""
+    """Carries a tensor through torch's load_state_dict, which would cast it."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -122,8 +122,9 @@ class FusedOptimizer(Optimizer):
             return self._hooked_step(closure)
         return self._step(closure)
 
-    # torch wraps `step` of every optimizer class to call hooks and to name the step to the profiler.
-    # The wrapper costs more than the update of a small model, so `step` calls it only when needed.
+    # torch wraps `step` of every optimizer class to call hooks and to name the step to the
+    # profiler. The wrapper costs more than the update of a small model, so `step` calls it only
+    # when needed.
     step.hooked = True
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -196,8 +197,8 @@ class FusedOptimizer(Optimizer):
         """Move the parameters into flat buffers, one per device and dtype, and return the buffers.
 
         Each ``p.data`` becomes a slice of a buffer, with p's shape and memory order. With
-        ``flatten=True`` this happens after the first step, and after each step that found a parameter
-        at another address. ``flatten="grads"`` does the same to the gradients.
+        ``flatten=True`` this happens after the first step, and after each step that found a
+        parameter at another address. ``flatten="grads"`` does the same to the gradients.
         """
         self._flat_params = flat.Home.of(self._params(), "data")
         if self._options.flatten == "grads":
@@ -216,8 +217,8 @@ class FusedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``flatten="grads"`` one memset per buffer, and they stay."""
-        grads = [p for p in self._params() if p.grad is not None] if self._flat_grads.buffers else ()
-        if grads and self._flat_grads.holds(grads):
+        grads = [p for p in self._params() if p.grad is not None]
+        if self._flat_grads.buffers and self._flat_grads.holds(grads):
             for buffer in self._flat_grads.buffers:
                 buffer.zero_()
         else:
@@ -239,8 +240,8 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict``, of this class or of its torch twin; states keep their values.
 
-        Unlike torch's, it does not round states to the parameter's dtype, and the loaded tensors are
-        copied. Raises ValueError, and changes nothing, where the dict is of another structure.
+        Unlike torch's, it does not round states to the parameter's dtype, and the loaded tensors
+        are copied. Raises ValueError, and changes nothing, where the dict is of another structure.
         """
         # Runs after the user's own hooks, on what they have made of the dict.
         handle = self.register_load_state_dict_pre_hook(FusedOptimizer._keep_states)

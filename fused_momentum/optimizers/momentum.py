@@ -21,8 +21,8 @@ class FusedMomentum(FusedOptimizer):
     It equals ``FusedSGD(momentum=...)`` while lr is constant; after a change of lr the velocity
     gathered so far keeps its length here, where torch's form rescales it at once.
 
-    Args: as ``FusedSGD``, without dampening and nesterov (accepted at their neutral values so that a
-    configuration written for torch.optim.SGD works).
+    Args: as ``FusedSGD``, without dampening and nesterov (accepted at their neutral values so that
+    a configuration written for torch.optim.SGD works).
 
     ``state[p]["velocity"]`` is a slice of a flat buffer. ``step`` changes parameters and velocities
     in place, and never gradients.

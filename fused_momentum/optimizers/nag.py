@@ -21,17 +21,18 @@ class FusedNAG(FusedMomentum):
         x_{t+1} = x_t + v_t
 
     Between steps the parameters hold the look-ahead point ``x + momentum * v``, so that the next
-    backward pass takes its gradient there. ``eval()`` moves them to the iterate x, for evaluating or
-    exporting the model, and ``train()`` back to the look-ahead point. With a constant lr the
+    backward pass takes its gradient there. ``eval()`` moves them to the iterate x, for evaluating
+    or exporting the model, and ``train()`` back to the look-ahead point. With a constant lr the
     look-ahead points are those of ``FusedSGD(nesterov=True)``.
 
-    Args: as ``FusedMomentum``. The group key ``lookahead_momentum`` holds the momentum with which the
-    parameters look ahead now (0 after ``eval()``); it is saved with the groups.
+    Args: as ``FusedMomentum``. The group key ``lookahead_momentum`` holds the momentum with which
+    the parameters look ahead now (0 after ``eval()``); it is saved with the groups.
 
     ``state[p]["velocity"]`` is a slice of a flat buffer. ``step`` changes parameters and velocities
     in place, and never gradients.
 
-    Raises: as ``FusedSGD``; RuntimeError where ``step`` is called between ``eval()`` and ``train()``.
+    Raises: as ``FusedSGD``; RuntimeError where ``step`` is called between ``eval()`` and
+    ``train()``.
 
     Source: Nesterov, "A method of solving a convex programming problem with convergence rate
     O(1/k^2)" (1983); Sutskever et al. (2013), equations 3 and 4.
@@ -85,9 +86,9 @@ class FusedNAG(FusedMomentum):
             group["evaluating"] = evaluating
 
     def eval(self) -> None:
-        """Move the parameters to the iterate x; does nothing where they are there already."""
+        """Move the parameters to the iterate x; does nothing if they are there."""
         self._move(evaluating=True)
 
     def train(self) -> None:
-        """Move the parameters to the look-ahead point; does nothing where they are there already."""
+        """Move the parameters to the look-ahead point; does nothing if they are there."""
         self._move(evaluating=False)

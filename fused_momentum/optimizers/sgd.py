@@ -24,7 +24,8 @@ class FusedSGD(FusedOptimizer):
         params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16,
             float16, complex64 or complex128, of any strides, on any devices, mixed.
         lr: learning rate per step, 0 or more; a number or a tensor with one element.
-        momentum: fraction of the buffer that is kept per step, 0 or more. With 0 there is no buffer.
+        momentum: fraction of the buffer that is kept per step, 0 or more. With 0 there is no
+            buffer.
         dampening: fraction of the gradient that the buffer does not take in.
         weight_decay: L2 penalty, 0 or more, added to the gradient as above.
         nesterov: look one step ahead; needs momentum and no dampening.
