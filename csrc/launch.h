@@ -8,6 +8,10 @@ namespace fused_momentum {
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 
+constexpr int itemsize_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 constexpr int kMaxStates = 5;
 constexpr int kMaxStreams = 2 + kMaxStates;  // p, g, states
 constexpr int kMaxTensorScalars = 8;

@@ -11,18 +11,21 @@ inline float float_of(uint32_t bits) {
 }
 
 struct f32 {
+  static constexpr DType dtype = DType::f32;
   using storage = float;
   static inline float load(float x) { return x; }
   static inline float store(float x) { return x; }
 };
 
 struct f64 {
+  static constexpr DType dtype = DType::f64;
   using storage = double;
   static inline double load(double x) { return x; }
   static inline double store(double x) { return x; }
 };
 
 struct bf16 {
+  static constexpr DType dtype = DType::bf16;
   using storage = uint16_t;
   static inline float load(uint16_t x) { return float_of(uint32_t(x) << 16); }
   static inline uint16_t store(float x) {
@@ -34,6 +37,7 @@ struct bf16 {
 };
 
 struct f16 {
+  static constexpr DType dtype = DType::f16;
   using storage = uint16_t;
   // The exponents differ by 112; multiplying by 2^112 also makes subnormal halves right.
   static inline float load(uint16_t x) {
@@ -51,9 +55,8 @@ struct f16 {
     // Subnormal halves: adding 0.5 leaves their value in the low bits, rounded by the addition.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    const uint32_t half = magnitude >= 0x477ff000  ? special    // 65520 and above
-                          : magnitude < 0x38800000 ? subnormal  // below 2^-14
-                                                   : normal;
+    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;  // 2^-14
+    half = magnitude >= 0x477ff000 ? special : half;              // 65520
     return uint16_t(half | sign);
   }
 };

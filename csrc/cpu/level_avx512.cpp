@@ -5,6 +5,7 @@
 // The standard headers come before the target is set: their inline functions are shared with files
 // that must run on any processor.
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
