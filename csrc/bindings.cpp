@@ -1,5 +1,9 @@
 // What Python sees of the extension: the plan, one call over lists of tensors, and the tables that
 // tests compare with their Python twins.
+#include <torch/csrc/DynamicTypes.h>
+
+#include <map>
+
 #include "cpu/run.h"
 #include "plan.h"
 #include "rules.h"
@@ -52,6 +56,18 @@ void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
   run_cpu(launch);
 }
 
+py::tuple torch_dtypes(const Batch& batch) {
+  static const std::map<DType, at::ScalarType> types = {{DType::f32, at::kFloat},
+                                                        {DType::f64, at::kDouble},
+                                                        {DType::bf16, at::kBFloat16},
+                                                        {DType::f16, at::kHalf}};
+  py::tuple names(batch.dtypes.size());
+  for (size_t i = 0; i < batch.dtypes.size(); i++)
+    names[i] = py::reinterpret_borrow<py::object>(
+        reinterpret_cast<PyObject*>(torch::getTHPDtype(types.at(batch.dtypes[i]))));
+  return names;
+}
+
 std::vector<std::string> cpu_levels() {
   int count;
   const cpu::Level* table = cpu::levels(&count);
@@ -102,12 +118,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("use_cpu_level", &use_cpu_level);
   m.def("split", &split);
   py::class_<StateKey>(m, "StateKey").def(py::init<std::string, int>());
+  py::class_<Batch>(m, "Batch")
+      .def_property_readonly("device", [](const Batch& batch) { return py::cast(batch.device); })
+      .def_property_readonly("dtypes", &torch_dtypes)
+      .def_property_readonly("addresses", &Batch::addresses)
+      .def_property_readonly("numels", &Batch::numels)
+      .def_property_readonly("rows", &Batch::rows)
+      .def_property_readonly("tensor_scalars", &Batch::tensor_scalars)
+      .def_property_readonly("layouts", &Batch::layouts);
   py::class_<Plan> plan(m, "Plan");
   py::class_<Plan::Todo>(plan, "Todo")
       .def_readonly("missing", &Plan::Todo::missing)
-      .def_readonly("others", &Plan::Todo::others);
-  plan.def(py::init<int, std::vector<std::string>, std::vector<StateKey>>())
-      .def("step", &Plan::step)
+      .def_readonly("devices", &Plan::Todo::devices);
+  plan.def(py::init<int, std::vector<std::string>, std::vector<StateKey>, std::string>())
+      .def("read", &Plan::read)
+      .def("run", &Plan::run)
+      .def("batches", &Plan::batches)
+      .def("finish", py::overload_cast<>(&Plan::finish))
+      .def("hyper", &Plan::hyper)
+      .def("leave", &Plan::leave)
       .def("at", &Plan::at)
       .def_property_readonly("moves", &Plan::moves)
       .def("bytes", &Plan::bytes);

@@ -64,8 +64,10 @@ py::object interned(const std::string& name) {
 
 }  // namespace
 
-Plan::Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys)
+Plan::Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys,
+           const std::string& device_type)
     : rule_(rule),
+      device_type_(at::Device(device_type).type()),
       state_keys_(std::move(state_keys)),
       params_key_(interned("params")),
       maximize_key_(interned("maximize")) {
@@ -174,14 +176,22 @@ void Plan::sit_out(int64_t position) {
   tiles_changed_ = true;
 }
 
+// A tensor on another kind of device has a gradient: somebody must take it.
+void Plan::meet(at::DeviceType type, Todo* todo) const {
+  const std::string name = c10::DeviceTypeName(type, /*lower_case=*/true);
+  if (std::find(left_.begin(), left_.end(), type) == left_.end() &&
+      std::find(todo->devices.begin(), todo->devices.end(), name) == todo->devices.end())
+    todo->devices.push_back(name);
+}
+
 // Brings one tensor up to date. Returns whether it takes part in this step.
 bool Plan::read_entry(int64_t position, Todo* todo) {
   Entry& entry = entries_[position];
   Segment& segment = segments_[position];
   const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
   const at::Tensor& given = grad_of(param);
-  if (!given.defined() || !param.device().is_cpu()) {
-    todo->others |= given.defined();
+  if (!given.defined() || param.device().type() != device_type_) {
+    if (given.defined()) meet(param.device().type(), todo);
     sit_out(position);
     return false;
   }
@@ -249,45 +259,78 @@ std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
   return positions;
 }
 
-std::optional<Plan::Todo> Plan::step(const py::list& groups, const py::dict& state,
+template <class F>
+void Plan::for_each_chosen(F&& f) const {
+  if (all_)
+    for (size_t i = 0; i < entries_.size(); i++) f(int64_t(i));
+  else
+    for (int64_t position : chosen_) f(position);
+}
+
+std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& state,
                                      const std::optional<py::list>& subset, double grad_multiplier,
-                                     const std::vector<int64_t>& first, bool others) {
+                                     const std::vector<int64_t>& first) {
   resolved_.clear();
   if (groups_changed(groups)) read_groups(groups);
   read_hyper(grad_multiplier);
   read_state(state);
   for (int64_t position : first) segments_[position].tensor[0] = 1;
-  const std::vector<int64_t> chosen = subset ? positions_of(*subset) : std::vector<int64_t>();
+  all_ = !subset;
+  chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   Todo todo;
-  if (subset)
-    for (int64_t position : chosen) read_entry(position, &todo);
-  else
-    for (size_t i = 0; i < entries_.size(); i++) read_entry(int64_t(i), &todo);
-  if (!todo.missing.empty() || (todo.others && !others)) return todo;
-  if (subset)
-    run_subset(chosen);
-  else
-    run_all();
-  return std::nullopt;
+  for_each_chosen([&](int64_t position) { read_entry(position, &todo); });
+  if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;
+  return todo;
 }
 
-void Plan::run_all() {
-  if (tiles_changed_) count_tiles(segments_, &tile_ends_);
-  tiles_changed_ = false;
-  run(segments_, tile_ends_);
-  for (size_t i = 0; i < entries_.size(); i++) finish(int64_t(i));
+void Plan::run() {
+  if (all_) {
+    if (tiles_changed_) count_tiles(segments_, &tile_ends_);
+    tiles_changed_ = false;
+    launch(segments_, tile_ends_);
+  } else {
+    std::vector<Segment> segments;
+    std::vector<int64_t> tile_ends;
+    for (int64_t position : chosen_) segments.push_back(segments_[position]);
+    count_tiles(segments, &tile_ends);
+    launch(segments, tile_ends);
+  }
+  finish();
 }
 
-void Plan::run_subset(const std::vector<int64_t>& positions) {
-  std::vector<Segment> segments;
-  std::vector<int64_t> tile_ends;
-  for (int64_t position : positions) segments.push_back(segments_[position]);
-  count_tiles(segments, &tile_ends);
-  run(segments, tile_ends);
-  for (int64_t position : positions) finish(position);
+void Plan::finish() {
+  for_each_chosen([&](int64_t position) { finish(position); });
 }
 
-void Plan::run(const std::vector<Segment>& segments, const std::vector<int64_t>& tile_ends) const {
+std::vector<Batch> Plan::batches() const {
+  std::vector<Batch> batches;
+  for_each_chosen([&](int64_t position) {
+    const Segment& segment = segments_[position];
+    if (segment.numel == 0) return;
+    const at::Device device = THPVariable_Unpack(entries_[position].param.ptr()).device();
+    const std::vector<DType> dtypes(segment.dtype, segment.dtype + 2 + state_keys_.size());
+    auto batch = std::find_if(batches.begin(), batches.end(), [&](const Batch& b) {
+      return b.device == device && b.dtypes == dtypes;
+    });
+    if (batch == batches.end()) batch = batches.insert(batch, Batch{device, dtypes, {}});
+    batch->segments.push_back(segment);
+  });
+  return batches;
+}
+
+at::Tensor Plan::hyper() const {
+  const int64_t rows = int64_t(groups_.size()), columns = int64_t(hyper_keys_.size());
+  at::Tensor table = at::empty({rows, columns + 1}, at::kDouble);
+  for (int64_t r = 0; r < rows; r++) {
+    double* row = table.mutable_data_ptr<double>() + r * (columns + 1);
+    std::copy_n(hyper_.data() + r * columns, columns, row);
+    row[columns] = grad_multiplier_[r];
+  }
+  return table;
+}
+
+void Plan::launch(const std::vector<Segment>& segments,
+                  const std::vector<int64_t>& tile_ends) const {
   if (segments.empty()) return;
   Launch launch;
   launch.rule = rule_;

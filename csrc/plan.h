@@ -20,24 +20,53 @@ struct StateKey {
   int when;  // index of the hyper-parameter that must not be zero, or -1
 };
 
+// Tensors of one device with the same dtypes, for a back-end that Python launches: tables on the
+// CPU.
+struct Batch {
+  at::Device device;
+  std::vector<DType> dtypes;
+  std::vector<Segment> segments;
+
+  at::Tensor addresses() const;       // int64 [streams, n], 0 where a state is absent
+  at::Tensor numels() const;          // int64 [n]
+  at::Tensor rows() const;            // int64 [n], in the table of hyper-parameters
+  at::Tensor tensor_scalars() const;  // float64 [1, n]
+  // int64 [n, 1 + streams, dims]: sizes and each stream's strides, outermost first; 0: contiguous.
+  std::optional<at::Tensor> layouts() const;
+};
+
 class Plan {
  public:
-  Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys);
+  // Works on the tensors of one kind of device.
+  Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys,
+       const std::string& device_type);
 
   // What must be done before a step can be: make states for the tensors at these positions, or find
-  // a back-end for tensors on other devices.
+  // a back-end for the tensors on other kinds of devices.
   struct Todo {
     std::vector<int64_t> missing;
-    bool others = false;
+    std::vector<std::string> devices;
   };
 
-  // One step over every CPU parameter with a gradient, or over those of `subset`. Gradients are
-  // multiplied by grad_multiplier first. Tensors listed in `first` take their first step. Where
-  // there is something to do first, nothing is updated. `others`: tensors on other devices are
-  // taken care of.
-  std::optional<Todo> step(const py::list& groups, const py::dict& state,
+  // Brings the plan up to date for a step over every parameter with a gradient, or over those of
+  // `subset`. Gradients will be multiplied by grad_multiplier. Tensors listed in `first` take their
+  // first step. Raises where a tensor cannot be updated; changes no tensor.
+  std::optional<Todo> read(const py::list& groups, const py::dict& state,
                            const std::optional<py::list>& subset, double grad_multiplier,
-                           const std::vector<int64_t>& first, bool others);
+                           const std::vector<int64_t>& first);
+
+  // The step itself, on the CPU.
+  void run();
+
+  // The step as tables, for a back-end that is launched from Python; finish() when it is.
+  std::vector<Batch> batches() const;
+  void finish();
+
+  // float64 [rows, hyper-parameters + 1]: each group's, then its gradient multiplier.
+  at::Tensor hyper() const;
+
+  // Tensors on this kind of device are taken care of elsewhere.
+  void leave(const std::string& device_type) { left_.push_back(at::Device(device_type).type()); }
 
   // The parameter at a position returned by step, and the index of its group.
   std::pair<py::object, int> at(int64_t position) const;
@@ -66,17 +95,22 @@ class Plan {
   void read_state(const py::dict& state);
   bool read_entry(int64_t position, Todo* todo);
   void sit_out(int64_t position);
+  void meet(at::DeviceType type, Todo* todo) const;
   void prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad);
   int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;
   bool needs(const StateKey& key, int row) const;
   std::vector<int64_t> positions_of(const py::list& subset) const;
-  void run_all();
-  void run_subset(const std::vector<int64_t>& positions);
-  void run(const std::vector<Segment>& segments, const std::vector<int64_t>& tile_ends) const;
+  void launch(const std::vector<Segment>& segments, const std::vector<int64_t>& tile_ends) const;
   void finish(int64_t position);
+  template <class F>
+  void for_each_chosen(F&& f) const;
 
   const int rule_;
+  const at::DeviceType device_type_;
+  std::vector<at::DeviceType> left_;
+  bool all_ = true;              // this step is over all tensors,
+  std::vector<int64_t> chosen_;  // or over these
   std::vector<py::object> hyper_keys_;
   const std::vector<StateKey> state_keys_;
   std::vector<py::object> state_names_;

@@ -7,8 +7,9 @@ each step.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,62 +83,118 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
         )
 
 
+class Amp(NamedTuple):
+    """What ``torch.amp.GradScaler`` has left to the step: its scale and whether it found an inf."""
+
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+
+    def skips(self) -> bool:
+        """Whether the step must be skipped; waits for the device."""
+        return self.found_inf is not None and self.found_inf.item() != 0
+
+    def grad_multiplier(self) -> float:
+        """1 / scale, rounded to float32 as GradScaler.unscale_ does; waits for the device."""
+        if self.grad_scale is None:
+            return 1.0
+        return ctypes.c_float(1.0 / self.grad_scale.item()).value
+
+    def on(self, device: torch.device) -> Amp:
+        """The same tensors on ``device``."""
+        return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+def _has_grad(param: torch.Tensor) -> bool:
+    return param.grad is not None
+
+
 class Plan:
     """Runs one step of ``rule`` with the back-end ``request`` (a name, or "auto")."""
 
     def __init__(self, rule: Rule, request: str, dtype: torch.dtype | None):
         self.rule = rule
-        self.choices: dict[str, Choice] = {}
         self._request = request
         self._dtype = dtype
-        self._native = None
-        self._walks = 0
-        if self.choose("cpu").name == "cpu" if request == "auto" else request == "cpu":
+        self._choices: dict[str, Choice] = {}
+        self._walks: dict[str, Any] = {}  # per kind of device, the extension's plan for it
+        self._launchers: dict[str, Any] = {}  # per kind of device, where Python launches
+        self._python_walks = 0
+        self._settled = False
+
+    def _take(self, device_type: str) -> None:
+        """Choose the back-end for one kind of device, and make its walk."""
+        if device_type in self._choices:
+            return
+        choice = self._choices[device_type] = choose(self._request, device_type)
+        if choice.name != "reference":
             extension, _ = native.load()
             keys = [
-                extension.StateKey(s.name, -1 if s.when is None else rule.hyper.index(s.when))
-                for s in rule.states
+                extension.StateKey(s.name, -1 if s.when is None else self.rule.hyper.index(s.when))
+                for s in self.rule.states
             ]
-            self._native = extension.Plan(native.rule_index()[rule.name], rule.hyper, keys)
-        self._others = self._native is None
-
-    def choose(self, device_type: str) -> Choice:
-        """The back-end for tensors on a device, chosen when the first of them appears."""
-        if device_type not in self.choices:
-            self.choices[device_type] = choose(self._request, device_type)
-        return self.choices[device_type]
+            index = native.rule_index()[self.rule.name]
+            walk = extension.Plan(index, self.rule.hyper, keys, device_type)
+            for other in self._choices:
+                walk.leave(other)
+            self._walks[device_type] = walk
+        for walk in self._walks.values():
+            walk.leave(device_type)
 
     @property
     def moves(self) -> int:
         """Changes at least when a parameter was found at another address."""
-        return self._walks + (self._native.moves if self._native else 0)
+        return self._python_walks + sum(walk.moves for walk in self._walks.values())
 
     def step(
         self,
         groups: list[dict],
         state: dict,
         params: Sequence[torch.Tensor] | None,
-        grad_multiplier: float,
-    ) -> None:
-        """Update every parameter with a gradient, or those of ``params``; all of it or nothing."""
-        work = self._reference_work(groups, state, params) if self._others else ()
-        first: list[int] = []
-        while self._native is not None:
-            todo = self._native.step(groups, state, params, grad_multiplier, first, self._others)
-            if todo is None:
-                break
-            if todo.others and not self._others:
-                self._others = True
-                work = self._reference_work(groups, state, params)
-            items = [Item(param, groups[row]) for param, row in map(self._native.at, todo.missing)]
-            make_states(self.rule, items, state, self._dtype)
-            first = todo.missing
-        if work:
-            self._run_reference(work, state, grad_multiplier)
+        amp: Amp,
+    ) -> bool:
+        """Update every parameter with a gradient, or those of ``params``; all of it or nothing.
+
+        Returns False where ``amp`` says that the step must be skipped, as far as that is known
+        without waiting for a device.
+        """
+        if not self._choices:
+            for device_type in {p.device.type for g in groups for p in g["params"] if _has_grad(p)}:
+                self._take(device_type)
+        # A back-end that Python launches reads these on the device, once all first steps are done.
+        waits = not self._settled or len(self._launchers) < len(self._choices)
+        if waits and amp.skips():
+            return False
+        grad_multiplier = amp.grad_multiplier() if waits else 1.0
+        work = self._reference_work(groups, state, params)
+        settled = True
+        for device_type in list(self._walks):
+            walk = self._walks[device_type]
+            first: list[int] = []
+            while todo := walk.read(groups, state, params, grad_multiplier, first):
+                if not waits and amp.skips():
+                    return False
+                for other in todo.devices:
+                    self._take(other)
+                if todo.devices:
+                    return self.step(groups, state, params, amp)
+                items = [Item(param, groups[row]) for param, row in map(walk.at, todo.missing)]
+                make_states(self.rule, items, state, self._dtype)
+                first, settled = todo.missing, False
+        for device_type, walk in self._walks.items():
+            if device_type in self._launchers:
+                self._launchers[device_type].run(walk, amp if not waits else Amp())
+                walk.finish()
+            else:
+                walk.run()
+        self._run_reference(work, state, grad_multiplier)
+        self._settled = settled
+        return True
 
     def _reference_work(self, groups, state, params) -> list[Item]:
         """The checked tensors that the reference updates: those no compiled back-end takes."""
-        self._walks += 1
+        if all(choice.name != "reference" for choice in self._choices.values()):
+            return []
+        self._python_walks += 1
         wanted = None if params is None else {id(p) for p in params}
         work = []
         for i, group in enumerate(groups):
@@ -145,7 +202,10 @@ class Plan:
                 if wanted is not None and id(param) not in wanted:
                     continue
                 (wanted or set()).discard(id(param))
-                if param.grad is None or self.choose(param.device.type).name != "reference":
+                if param.grad is None:
+                    continue
+                self._take(param.device.type)
+                if self._choices[param.device.type].name != "reference":
                     continue
                 name = f"param_groups[{i}]['params'][{k}]"
                 check_tensor(name, param, param)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,8 +12,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import flat
 from ..backends import check_request, choose
-from ..plan import Item, Plan, make_states
+from ..plan import Amp, Item, Plan, make_states
 from ..rules import Rule
+
+NO_AMP = Amp()
 
 
 class Options(NamedTuple):
@@ -153,12 +154,10 @@ class FusedOptimizer(Optimizer):
 
     def _update(self, params: list[torch.Tensor] | None) -> bool:
         """Update all parameters, or these; return False where the step was skipped."""
-        grad_multiplier = self._grad_multiplier()
-        if grad_multiplier is None:
-            return False
         if self._plan is None:
             self._plan = Plan(self.rule, self._options.backend, self._options.state_dtype)
-        self._plan.step(self.param_groups, self.state, params, grad_multiplier)
+        if not self._plan.step(self.param_groups, self.state, params, self._amp()):
+            return False
         if self._options.flatten and self._plan.moves != self._moves_seen:
             self._moves_seen = self._plan.moves
             if not self._is_flat():
@@ -169,16 +168,12 @@ class FusedOptimizer(Optimizer):
     def _update_untraced(self, params: list[torch.Tensor] | None) -> None:
         self._update(params)
 
-    def _grad_multiplier(self) -> float | None:
-        """1 / loss scale as the GradScaler set it, or None where the step must be skipped."""
-        found_inf = self.__dict__.get("found_inf")
-        if found_inf is not None and found_inf.item() != 0:
-            return None
-        scale = self.__dict__.get("grad_scale")
-        if scale is None:
-            return 1.0
-        # Rounded to float32 as GradScaler.unscale_ does.
-        return ctypes.c_float(1.0 / scale.item()).value
+    def _amp(self) -> Amp:
+        """What the GradScaler has set on this optimizer for the step in progress."""
+        values = self.__dict__
+        if "found_inf" not in values and "grad_scale" not in values:
+            return NO_AMP
+        return Amp(values.get("grad_scale"), values.get("found_inf"))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
