@@ -120,12 +120,14 @@ class Plan:
         self._launchers: dict[str, Any] = {}  # per kind of device, where Python launches
         self._python_walks = 0
         self._settled = False
+        self._uses_reference = False
 
     def _take(self, device_type: str) -> None:
         """Choose the back-end for one kind of device, and make its walk."""
         if device_type in self._choices:
             return
         choice = self._choices[device_type] = choose(self._request, device_type)
+        self._uses_reference |= choice.name == "reference"
         if choice.name != "reference":
             extension, _ = native.load()
             keys = [
@@ -165,10 +167,9 @@ class Plan:
         if waits and amp.skips():
             return False
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
-        work = self._reference_work(groups, state, params)
+        work = self._reference_work(groups, state, params) if self._uses_reference else ()
         settled = True
-        for device_type in list(self._walks):
-            walk = self._walks[device_type]
+        for walk in self._walks.values():
             first: list[int] = []
             while todo := walk.read(groups, state, params, grad_multiplier, first):
                 if not waits and amp.skips():
@@ -186,14 +187,13 @@ class Plan:
                 walk.finish()
             else:
                 walk.run()
-        self._run_reference(work, state, grad_multiplier)
+        if work:
+            self._run_reference(work, state, grad_multiplier)
         self._settled = settled
         return True
 
     def _reference_work(self, groups, state, params) -> list[Item]:
         """The checked tensors that the reference updates: those no compiled back-end takes."""
-        if all(choice.name != "reference" for choice in self._choices.values()):
-            return []
         self._python_walks += 1
         wanted = None if params is None else {id(p) for p in params}
         work = []
