@@ -61,11 +61,6 @@ def choose(request: str, device_type: str) -> Choice:
     Raises RuntimeError where an explicit request cannot work on the device.
     """
     check_request(request)
-    if device_type == "meta":
-        raise RuntimeError(
-            "a parameter is on device 'meta', where there is no memory to update; move the model to "
-            "a device with to_empty() before the first step"
-        )
     if request != "auto":
         works_on = DEVICES[request]
         if works_on not in (None, device_type):

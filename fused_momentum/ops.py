@@ -38,25 +38,23 @@ def _schema(rule: Rule, in_place: bool) -> str:
 def _check_lists(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
     names = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
     optional = [False, False, *(s.when is not None for s in rule.states)]
-    written = []
     for name, tensors, may_lack in zip(names, lists, optional, strict=True):
         if len(tensors) != len(lists[0]) and not (may_lack and not tensors):
             raise ValueError(f"{name} has {len(tensors)} tensors, params {len(lists[0])}")
         for i, tensor in enumerate(tensors):
             check_tensor(f"{name}[{i}]", tensor, lists[0][i])
-            if name != "grads":
-                written.append((f"{name}[{i}]", tensor))
-    _check_overlap(written)
 
 
-def _check_overlap(written: Sequence[tuple[str, torch.Tensor]]) -> None:
+def _check_overlap(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
     """Raise where two tensors that are written share memory."""
+    names = ["params", *(f"{s.name}s" for s in rule.states)]
     spans = []
-    for name, t in written:
-        if t.numel() and t.device.type != "meta":
-            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            begin = t.data_ptr()
-            spans.append((t.device.type, begin, begin + (last + 1) * t.element_size(), name))
+    for name, tensors in zip(names, [lists[0], *lists[2:]], strict=True):
+        for i, t in enumerate(tensors):
+            if t.numel():
+                last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+                end = t.data_ptr() + (last + 1) * t.element_size()
+                spans.append((t.device.type, t.data_ptr(), end, f"{name}[{i}]"))
     spans.sort()
     for (device, _, end, name), (other_device, begin, _, other) in itertools.pairwise(spans):
         if device == other_device and begin < end:
@@ -92,15 +90,23 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
     _library.define(_schema(rule, in_place=False))
 
     def update(lists, numbers):
+        for state, tensors in zip(rule.states, lists[2:], strict=True):
+            if state.when and numbers[state.when] != 0 and len(tensors) != len(lists[0]):
+                raise ValueError(
+                    f"{state.name}s has {len(tensors)} tensors, params {len(lists[0])}; needed "
+                    f"where {state.when} is not 0"
+                )
         hyper = [float(numbers[key]) for key in rule.hyper]
         _update(rule, lists, hyper, numbers["first"], numbers["maximize"])
 
     def in_place(*lists, **numbers):
         _check_lists(rule, lists)
+        _check_overlap(rule, lists)
         update(lists, numbers)
 
     def functional(*lists, **numbers):
         _check_lists(rule, lists)
+        _check_overlap(rule, lists)
         written = [[t.clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
         update([written[0], lists[1], *written[1:]], numbers)
         return tuple(written)

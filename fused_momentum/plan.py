@@ -32,6 +32,7 @@ class Item(NamedTuple):
 
     param: torch.Tensor
     group: dict
+    hyper: Sequence[float] = ()
 
 
 def state_dtype(param: torch.Tensor, requested: torch.dtype | None) -> torch.dtype:
@@ -104,8 +105,44 @@ class Amp(NamedTuple):
         return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
 
-def _has_grad(param: torch.Tensor) -> bool:
-    return param.grad is not None
+def check_param(name: str, param: object) -> None:
+    """Raise where ``param`` cannot be updated; as csrc/plan.cpp and csrc/describe.cpp."""
+    if not isinstance(param, torch.Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}; needed: a tensor")
+    check_tensor(name, param, param)
+    if param.is_conj() or param.is_neg():
+        raise TypeError(f"{name} is a lazily conjugated view; resolve it with .resolve_conj()")
+    if any(param.shape[d] > 1 for d, stride in enumerate(param.stride()) if stride == 0):
+        raise RuntimeError(
+            f"{name} has elements that share memory (an expanded tensor); give it memory of its own"
+        )
+
+
+def number_of(group: dict, key: str) -> float:
+    """The value of a hyper-parameter; as csrc/plan.cpp."""
+    try:
+        if isinstance(group[key], str):
+            raise TypeError
+        return float(group[key])
+    except (TypeError, ValueError) as error:
+        kind = type(group[key]).__name__
+        raise TypeError(
+            f"param_groups: {key} is a {kind}; needed: a number or a tensor with one element"
+        ) from error
+
+
+def _has_grad(param: object) -> bool:
+    return getattr(param, "grad", None) is not None
+
+
+def _refuse_meta(groups: list[dict]) -> None:
+    for i, group in enumerate(groups):
+        for k, param in enumerate(group["params"]):
+            if _has_grad(param) and param.device.type == "meta":
+                raise RuntimeError(
+                    f"param_groups[{i}]['params'][{k}] is on device meta, where there is no memory "
+                    "to update; give the model some with to_empty() before the first step"
+                )
 
 
 class Plan:
@@ -122,10 +159,12 @@ class Plan:
         self._settled = False
         self._uses_reference = False
 
-    def _take(self, device_type: str) -> None:
+    def _take(self, device_type: str, groups: list[dict]) -> None:
         """Choose the back-end for one kind of device, and make its walk."""
         if device_type in self._choices:
             return
+        if device_type == "meta":
+            _refuse_meta(groups)
         choice = self._choices[device_type] = choose(self._request, device_type)
         self._uses_reference |= choice.name == "reference"
         if choice.name != "reference":
@@ -161,7 +200,7 @@ class Plan:
         """
         if not self._choices:
             for device_type in {p.device.type for g in groups for p in g["params"] if _has_grad(p)}:
-                self._take(device_type)
+                self._take(device_type, groups)
         # A back-end that Python launches reads these on the device, once all first steps are done.
         waits = not self._settled or len(self._launchers) < len(self._choices)
         if waits and amp.skips():
@@ -175,7 +214,7 @@ class Plan:
                 if not waits and amp.skips():
                     return False
                 for other in todo.devices:
-                    self._take(other)
+                    self._take(other, groups)
                 if todo.devices:
                     return self.step(groups, state, params, amp)
                 items = [Item(param, groups[row]) for param, row in map(walk.at, todo.missing)]
@@ -196,24 +235,28 @@ class Plan:
         """The checked tensors that the reference updates: those no compiled back-end takes."""
         self._python_walks += 1
         wanted = None if params is None else {id(p) for p in params}
+        if wanted is not None and len(wanted) != len(params):
+            index = next(i for i, p in enumerate(params) if any(p is q for q in params[:i]))
+            raise ValueError(f"params[{index}] is given twice")
         work = []
         for i, group in enumerate(groups):
+            hyper = [number_of(group, key) for key in self.rule.hyper]
             for k, param in enumerate(group["params"]):
                 if wanted is not None and id(param) not in wanted:
                     continue
                 (wanted or set()).discard(id(param))
-                if param.grad is None:
+                name = f"param_groups[{i}]['params'][{k}]"
+                if isinstance(param, torch.Tensor) and param.grad is None:
                     continue
-                self._take(param.device.type)
+                check_param(name, param)
+                self._take(param.device.type, groups)
                 if self._choices[param.device.type].name != "reference":
                     continue
-                name = f"param_groups[{i}]['params'][{k}]"
-                check_tensor(name, param, param)
                 check_tensor(f"{name}.grad", param.grad, param)
                 for key in needed_states(self.rule, group):
                     if key in state.get(param, ()):
                         check_tensor(f"{name} state", state[param][key], param)
-                work.append(Item(param, group))
+                work.append(Item(param, group, hyper))
         if wanted:
             index = [id(p) in wanted for p in params].index(True)
             raise ValueError(f"params[{index}] is not a parameter of this optimizer")
@@ -223,18 +266,18 @@ class Plan:
     def _run_reference(self, work: list[Item], state: dict, grad_multiplier: float) -> None:
         first = {
             id(param)
-            for param, group in work
+            for param, group, _ in work
             if any(n not in state.get(param, ()) for n in needed_states(self.rule, group))
         }
         make_states(self.rule, work, state, self._dtype)
-        for param, group in work:
+        for param, group, hyper in work:
             needed = needed_states(self.rule, group)
             reference.update(
                 self.rule,
                 param,
                 param.grad,
                 [state[param][s.name] if s.name in needed else None for s in self.rule.states],
-                [group[key] for key in self.rule.hyper],
+                hyper,
                 grad_multiplier=-grad_multiplier if group["maximize"] else grad_multiplier,
                 first=id(param) in first,
             )

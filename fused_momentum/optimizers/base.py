@@ -262,6 +262,11 @@ class FusedOptimizer(Optimizer):
             for name in names:
                 if name not in shielded:
                     continue
+                if not isinstance(shielded[name], torch.Tensor):
+                    raise TypeError(
+                        f"state_dict: {name} of parameter {i} is a "
+                        f"{type(shielded[name]).__name__}; needed: a tensor"
+                    )
                 if shielded[name].shape != param_of[i].shape:
                     raise ValueError(
                         f"state_dict: {name} of parameter {i} has shape "

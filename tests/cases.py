@@ -1,0 +1,283 @@
+"""The one table: rules, hyper-parameters, back-ends, dtypes, shapes, layouts; and runs over it.
+
+Everything here follows from the rule table, so a new rule takes part in every test without an edit.
+"""
+
+import functools
+import inspect
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import fused_momentum
+from fused_momentum import native, reference
+from fused_momentum.backends import DEVICES
+from fused_momentum.rules import RULES
+
+STEPS = 4
+EXTENSION, _ = native.load()
+TILE = EXTENSION.TILE if EXTENSION else 1024  # elements; where kernels begin a new piece of work
+BACKENDS = [row.name for row in fused_momentum.backends() if row.available]
+LEVELS = EXTENSION.cpu_levels() if EXTENSION else []
+CLASSES = {
+    member.rule.name: member
+    for member in vars(fused_momentum).values()
+    if isinstance(member, type) and issubclass(member, torch.optim.Optimizer)
+}
+
+# --- hyper-parameters ------------------------------------------------------------------------
+
+# None is at a value where it would have no effect, and none but the decay is a power of two.
+VALUES = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "lookahead_momentum": 0.7}
+OTHER_VALUE = 0.3
+
+
+def switches(rule):
+    """Those hyper-parameters of a rule that are on or off."""
+    arguments = inspect.signature(CLASSES[rule.name]).parameters
+    return [
+        key for key in rule.hyper if key in arguments and isinstance(arguments[key].default, bool)
+    ]
+
+
+def _variants():
+    """Every rule, with every combination of its switches."""
+    for rule in RULES.values():
+        values = {key: VALUES.get(key, OTHER_VALUE) for key in rule.hyper}
+        keys = switches(rule)
+        for setting in itertools.product([False, True], repeat=len(keys)):
+            on = [key for key, value in zip(keys, setting, strict=True) if value]
+            # The plain one bears the rule's name.
+            yield (
+                "-".join([rule.name, *on]),
+                Variant(rule.name, values | dict(zip(keys, setting, strict=True))),
+            )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A rule and a value for each of its hyper-parameters."""
+
+    name: str
+    hyper: dict
+
+    @property
+    def rule(self):
+        return RULES[self.name]
+
+
+VARIANTS = dict(_variants())
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+levels = pytest.mark.parametrize("level", LEVELS)
+compiled = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+
+# --- dtypes ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Types:
+    """Dtypes of a parameter, its states (None: the default) and its gradient (None: the same)."""
+
+    param: torch.dtype
+    state: torch.dtype | None = None
+    grad: torch.dtype | None = None
+
+
+TYPES = {
+    "f32": Types(torch.float32),
+    "f64": Types(torch.float64),
+    "bf16": Types(torch.bfloat16),
+    "f16": Types(torch.float16),
+    "c64": Types(torch.complex64),
+    "c128": Types(torch.complex128),
+    "bf16_state_bf16": Types(torch.bfloat16, torch.bfloat16),
+    "f16_state_f16": Types(torch.float16, torch.float16),
+    "f32_state_bf16": Types(torch.float32, torch.bfloat16),
+    "f32_state_f64": Types(torch.float32, torch.float64),
+    "f64_state_f32": Types(torch.float64, torch.float32),
+    "f64_state_f16": Types(torch.float64, torch.float16),
+    "f32_grad_bf16": Types(torch.float32, None, torch.bfloat16),
+    "bf16_grad_f32": Types(torch.bfloat16, None, torch.float32),
+    "f64_grad_f16": Types(torch.float64, None, torch.float16),
+    "c64_grad_c128": Types(torch.complex64, None, torch.complex128),
+}
+types = pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+
+# --- shapes and layouts ----------------------------------------------------------------------
+
+
+def _gaps(t):
+    """Every second element of a larger tensor."""
+    return torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
+
+
+def _rows(t):
+    """The left part of a wider matrix: rows are dense, with gaps between them."""
+    return torch.cat([t, torch.full_like(t[..., :3], 7)], -1)[..., : t.shape[-1]]
+
+
+def _offset(t):
+    """Starts one element into its memory, so no vector load of it is aligned."""
+    return torch.cat([t.new_full((1,), 7), t.flatten()])[1:].view(t.shape)
+
+
+def _lazy(t):
+    """A view that is conjugated or negated only when it is read."""
+    return t.conj().resolve_conj().conj() if t.is_complex() else torch._neg_view(-t)
+
+
+LAYOUTS = {
+    "contiguous": torch.clone,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "reversed": lambda t: (
+        t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+    ),
+    "gaps": _gaps,
+    "rows": _rows,
+    "offset": _offset,
+    "lazy": _lazy,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Shape of a parameter, and how it and its gradient lie in memory."""
+
+    shape: tuple
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+
+
+SIZES = [0, 1, 7, TILE - 1, TILE, TILE + 1, 100_003]
+FORMS = {str(n): Form((n,)) for n in SIZES} | {
+    "scalar": Form(()),
+    "4d": Form((3, 5, 1, 9)),
+    "empty_4d": Form((3, 0, 2, 2), "channels_last"),
+    "channels_last": Form((5, 6, 7, 3), "channels_last", "channels_last"),
+    "channels_last_grad": Form((5, 6, 7, 3), "contiguous", "channels_last"),
+    "transposed": Form((33, 65), "transposed", "transposed"),
+    "transposed_grad": Form((33, 65), "contiguous", "transposed"),
+    "mixed_strides": Form((4, 5, 6, 7), "transposed", "reversed"),
+    "gaps": Form((2051,), "gaps", "gaps"),
+    "gaps_grad": Form((40, 30), "contiguous", "gaps"),
+    "rows": Form((40, 30), "rows", "transposed"),
+    "offset": Form((2051,), "offset", "offset"),
+    "offset_grad": Form((2051,), "contiguous", "offset"),
+    "lazy_grad": Form((40, 30), "contiguous", "lazy"),
+}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@functools.cache
+def values(shape, dtype, key):
+    """Normal random numbers, the same for the same arguments."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(key))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread, unless a test asks for more: waiting threads are slow beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+class Run:
+    """Parameters of given forms trained by a back-end on given gradients."""
+
+    def __init__(self, variant, forms, types, backend, state_dict=None, params=None, **more):
+        self.variant, self.forms, self.types, self.backend = variant, forms, types, backend
+        device = DEVICES.get(backend) or "cpu"
+        self.params = params or [
+            Parameter(LAYOUTS[form.layout](values(form.shape, types.param, i).to(device)))
+            for i, form in enumerate(forms)
+        ]
+        self.opt = CLASSES[variant.name](
+            self.params, lr=1.0, state_dtype=types.state, backend=backend, **more
+        )
+        if state_dict is not None:
+            self.opt.load_state_dict(state_dict)
+
+    def grads(self, step):
+        """Freshly laid-out gradients of a step."""
+        dtype = self.types.grad or self.types.param
+        for i, (form, p) in enumerate(zip(self.forms, self.params, strict=True)):
+            key = 1000 * (step + 1) + i
+            yield LAYOUTS[form.grad_layout](values(form.shape, dtype, key).to(p.device))
+
+    def step(self, step):
+        """One step; checks that the gradients are the same tensors with the same bits after it."""
+        given = list(self.grads(step))
+        for p, grad in zip(self.params, given, strict=True):
+            p.grad_dtype = None  # a gradient may have another dtype
+            p.grad = grad
+        for group in self.opt.param_groups:
+            group.update(self.variant.hyper)
+        self.opt.step()
+        for p, grad, fresh in zip(self.params, given, self.grads(step), strict=True):
+            assert p.grad is grad
+            assert torch.equal(bits(grad), bits(fresh)), "the step has changed a gradient"
+        return self
+
+    def train(self, steps=range(STEPS)):
+        for step in steps:
+            self.step(step)
+        return self
+
+    def continued_by(self, backend):
+        """The same training from here on, by an optimizer that loads this one's checkpoint."""
+        state_dict = self.opt.state_dict()
+        return Run(self.variant, self.forms, self.types, backend, state_dict, self.params)
+
+    def tensors(self):
+        """Every parameter and every state, by name."""
+        for i, p in enumerate(self.params):
+            yield f"params[{i}]", p
+            for key, state in sorted(self.opt.state.get(p, {}).items()):
+                yield f"{key} of params[{i}]", state
+
+
+def bits(tensor):
+    """The bits of a tensor as integers, all NaN made one.
+
+    IEEE 754 leaves the sign and payload of a NaN to the processor: x86 takes those of an operand,
+    and which one comes first is the compiler's choice.
+    """
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    real = real.detach().resolve_neg().cpu().contiguous()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+    return torch.where(real.isnan(), torch.nan, real).view(integer)
+
+
+def differing(run, other):
+    """Names of the tensors that differ between two runs: in dtype, strides or bits."""
+    mine, others = dict(run.tensors()), dict(other.tensors())
+    assert mine.keys() == others.keys()
+    return [
+        name
+        for name, t in mine.items()
+        if t.dtype != others[name].dtype
+        or t.stride() != others[name].stride()
+        or not torch.equal(bits(t), bits(others[name]))
+    ]
+
+
+def update(backend, rule, streams, hyper, *, first=False, maximize=False):
+    """One update of given streams p, g, states, in place, by a back-end without an optimizer."""
+    if backend == "reference":
+        sign = -1.0 if maximize else 1.0
+        p, g, *states = streams
+        reference.update(rule, p, g, states, hyper.values(), grad_multiplier=sign, first=first)
+    else:
+        op = getattr(fused_momentum.ops, f"{rule.name}_")
+        op(*([t.to(DEVICES[backend])] for t in streams), **hyper, first=first, maximize=maximize)

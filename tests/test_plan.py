@@ -1,0 +1,260 @@
+"""The plan is cached between steps, and notices whatever changed in between."""
+
+import pytest
+import torch
+from cases import (
+    FORMS,
+    LAYOUTS,
+    TILE,
+    TYPES,
+    VARIANTS,
+    Run,
+    bits,
+    compiled,
+    differing,
+    one_thread,  # noqa: F401  a fixture for every test here
+    rules,
+    values,
+)
+from torch.nn import Parameter
+
+# --- what is noticed between steps -----------------------------------------------------------
+# An event is done to an optimizer with a plan and to one on the reference, which walks afresh at
+# every step. It returns the tensors that are no longer the optimizer's.
+
+SOME = tuple(FORMS[name] for name in ("7", "1025", "4d", "channels_last", "transposed", "scalar"))
+EVENTS = {}
+
+
+def event(function):
+    EVENTS[function.__name__] = function
+    return function
+
+
+def _state(run, i):
+    return run.opt.state.get(run.params[i], {})
+
+
+def _key(run):
+    return run.variant.rule.states[0].name
+
+
+@event
+def nothing(run):
+    return ()
+
+
+@event
+def grad_is_none(run):
+    run.params[1].grad = None
+
+
+@event
+def grad_strides(run):
+    run.params[4].grad = LAYOUTS["gaps"](run.params[4].grad)
+
+
+@event
+def grad_dtype(run):
+    run.params[1].grad = run.params[1].grad.bfloat16()
+
+
+@event
+def data(run):
+    old = run.params[1].data
+    run.params[1].data = old * 2
+    return [old]
+
+
+@event
+def data_strides(run):
+    old = run.params[4].data
+    run.params[4].data = old.clone(memory_format=torch.contiguous_format)
+    return [old]
+
+
+@event
+def data_dtype(run):
+    old = run.params[1].data
+    run.params[1].data = old.to(torch.bfloat16, copy=True)
+    return [old]
+
+
+@event
+def data_shape(run):
+    old, run.params[1].data = run.params[1].data, torch.ones(3 * TILE)
+    run.params[1].grad = torch.ones(3 * TILE)
+    for key in _state(run, 1):
+        _state(run, 1)[key] = torch.ones(3 * TILE)
+    return [old]
+
+
+def _replace_state(run, i, change):
+    old = _state(run, i).get(_key(run))
+    if old is None:
+        return []
+    _state(run, i)[_key(run)] = change(old)
+    return [old]
+
+
+@event
+def state(run):
+    return _replace_state(run, 1, lambda old: old * 2)
+
+
+@event
+def state_dtype(run):
+    return _replace_state(run, 1, lambda old: old.to(torch.bfloat16, copy=True))
+
+
+@event
+def state_strides(run):
+    return _replace_state(run, 4, lambda old: old.contiguous() * 2)
+
+
+@event
+def state_data(run):
+    buffer = _state(run, 1).get(_key(run))
+    if buffer is None:
+        return []
+    old, buffer.data = buffer.data, buffer.data * 2
+    return [old]
+
+
+@event
+def state_of_a_parameter(run):
+    run.opt.state[run.params[1]] = {_key(run): values((TILE + 1,), torch.float32, 9).clone()}
+
+
+@event
+def state_deleted(run):
+    old = list(run.opt.state.pop(run.params[1], {}).values())
+    return old
+
+
+@event
+def state_emptied(run):
+    old = list(_state(run, 1).values())
+    _state(run, 1).clear()
+    return old
+
+
+@event
+def all_states_cleared(run):
+    old = [t for s in run.opt.state.values() for t in s.values()]
+    run.opt.state.clear()
+    return old
+
+
+@event
+def parameter(run):
+    old = run.params[1]
+    run.params[1] = run.opt.param_groups[0]["params"][1] = Parameter(torch.ones(TILE + 1))
+    run.params[1].grad = torch.ones(TILE + 1)
+    return [old]
+
+
+@event
+def parameter_list(run):
+    group = run.opt.param_groups[0]
+    group["params"] = list(reversed(group["params"]))
+
+
+@event
+def group(run):
+    moved = run.opt.param_groups[0]["params"].pop()
+    run.opt.add_param_group({"params": [moved], "lr": 0.5, "weight_decay": 0.3})
+
+
+@event
+def group_dict(run):
+    run.opt.param_groups[0] = {**run.opt.param_groups[0], "lr": 0.5}
+
+
+@event
+def learning_rate_and_decay(run):
+    run.opt.param_groups[0].update(lr=torch.tensor(0.02), weight_decay=0.5, maximize=True)
+
+
+@event
+def momentum(run):
+    group = run.opt.param_groups[0]
+    group["momentum"] = 0.5 if group["momentum"] == 0 else 0
+
+
+@event
+def a_subset_first(run):
+    run.opt.step_params(run.params[1:4])
+
+
+@event
+def a_subset_without_gradient(run):
+    run.params[1].grad = None
+    run.opt.step_params([run.params[2], run.params[1]])
+
+
+def _run(variant, backend):
+    run = Run(variant, SOME, TYPES["f32"], backend)
+    run.opt.param_groups[0].update(variant.hyper)
+    return run
+
+
+def _set_grads(run, step):
+    for i, p in enumerate(run.params):
+        p.grad_dtype = None
+        p.grad = values(p.shape, p.dtype, 100 * step + i).clone()
+
+
+def _train(variant, backend, event, at):
+    run, abandoned = _run(variant, backend), []
+    for step in range(5):
+        _set_grads(run, step)
+        if step in at:
+            abandoned += [(t.detach(), t.detach().clone()) for t in event(run) or ()]
+        run.opt.step()
+    for tensor, then in abandoned:
+        assert torch.equal(tensor, then), "written after it was replaced"
+    return run
+
+
+@pytest.mark.parametrize("at", [(0,), (2,), (1, 2, 3)], ids=["first", "later", "repeated"])
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
+@rules
+@compiled
+def test_the_plan_notices(rule, backend, event, at):
+    variant = VARIANTS[rule.name]
+    run, truth = (_train(variant, name, event, at) for name in (backend, "reference"))
+    assert not differing(run, truth)
+
+
+@rules
+@compiled
+def test_gradients_accumulate_in_place_between_steps(rule, backend):
+    runs = [Run(VARIANTS[rule.name], SOME, TYPES["f32"], b).train() for b in (backend, "reference")]
+    for run in runs:
+        for p in run.params:
+            p.grad.add_(p.detach())
+        run.opt.step()
+        run.opt.step()  # on the same gradients
+    assert not differing(*runs)
+
+
+@rules
+@compiled
+def test_only_the_given_parameters_are_stepped(rule, backend):
+    whole, parts = (_run(VARIANTS[rule.name], backend) for _ in range(2))
+    for step in range(3):
+        _set_grads(whole, step)
+        whole.opt.step()
+        _set_grads(parts, step)
+        order = [parts.params[i] for i in (4, 0, 1, 5, 3, 2)]
+        before = [bits(p) for p in order]
+        versions = [p._version for p in order]
+        parts.opt.step_params(p for p in order[:2])
+        assert [p._version - v for p, v in zip(order, versions, strict=True)] == [1, 1, 0, 0, 0, 0]
+        for p, old in zip(order[2:], before[2:], strict=True):
+            assert torch.equal(bits(p), old)
+        parts.opt.step_params(order[2])
+        parts.opt.step_params(order[3:])
+        assert [p._version - v for p, v in zip(order, versions, strict=True)] == [1] * 6
+    assert not differing(whole, parts)
