@@ -16,7 +16,7 @@ import torch
 
 from . import native, reference
 from .backends import choose
-from .plan import check_tensor
+from .checks import check_tensor
 from .rules import RULES, Rule
 
 _library = torch.library.Library("fused_momentum", "DEF")

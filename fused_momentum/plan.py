@@ -1,38 +1,21 @@
 """What one step works on: which back-end takes which tensors, and the states they need.
 
-On tensors with a compiled back-end the walk over parameters, gradients and states is the
-extension's (``csrc/plan.cpp``), cached between steps. The reference walks in Python, afresh at
-each step.
+The walk over parameters, gradients and states is the extension's (``csrc/plan.cpp``), cached from
+step to step; the reference, and Triton where there is no extension, walk in Python (``walk.py``).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from . import flat, native, reference
-from .backends import Choice, choose
+from .backends import choose
 from .rules import Rule
-
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.complex64,
-    torch.complex128,
-)
-
-
-class Item(NamedTuple):
-    """One parameter that takes part in a step."""
-
-    param: torch.Tensor
-    group: dict
-    hyper: Sequence[float] = ()
+from .walk import Walk, needed_states
 
 
 def state_dtype(param: torch.Tensor, requested: torch.dtype | None) -> torch.dtype:
@@ -42,46 +25,23 @@ def state_dtype(param: torch.Tensor, requested: torch.dtype | None) -> torch.dty
     return requested or reference.compute_dtype(param)
 
 
-def needed_states(rule: Rule, group: dict) -> list[str]:
-    """Names of the states that the rule keeps with this group's hyper-parameters."""
-    return [s.name for s in rule.states if s.when is None or group[s.when] != 0]
-
-
-def make_states(rule: Rule, items: Sequence[Item], state: dict, dtype: torch.dtype | None) -> None:
-    """Add the states that are missing to ``state``: zeros, views of new flat buffers."""
+def make_states(
+    rule: Rule,
+    tensors: Sequence[tuple[torch.Tensor, dict]],
+    state: dict,
+    dtype: torch.dtype | None,
+) -> None:
+    """Add the states that these (parameter, group) lack to ``state``: zeros in new flat buffers."""
     missing = [
-        (item.param, name)
-        for item in items
-        for name in needed_states(rule, item.group)
-        if name not in state.get(item.param, ())
+        (param, name)
+        for param, group in tensors
+        for name in needed_states(rule, group)
+        if name not in state.get(param, ())
     ]
-    tensors = [param for param, _ in missing]
-    made = flat.zeros_like(tensors, [state_dtype(p, dtype) for p in tensors], own_storage=True)
+    params = [param for param, _ in missing]
+    made = flat.zeros_like(params, [state_dtype(p, dtype) for p in params], own_storage=True)
     for (param, name), tensor in zip(missing, made, strict=True):
         state.setdefault(param, {})[name] = tensor
-
-
-def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
-    """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
-    if tensor.is_sparse or tensor.layout in (torch.sparse_csr, torch.sparse_csc):
-        raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
-    if tensor.device != param.device:
-        raise ValueError(
-            f"{name} is on device {tensor.device}, its parameter on {param.device}; "
-            "both must be on the same device"
-        )
-    if tensor.shape != param.shape:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, its parameter {list(param.shape)}; "
-            "they must be the same"
-        )
-    if tensor.is_complex() != param.is_complex():
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype}, its parameter {param.dtype}; "
-            "both must be real or both complex"
-        )
 
 
 class Amp(NamedTuple):
@@ -100,49 +60,21 @@ class Amp(NamedTuple):
             return 1.0
         return ctypes.c_float(1.0 / self.grad_scale.item()).value
 
-    def on(self, device: torch.device) -> Amp:
-        """The same tensors on ``device``."""
-        return Amp(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
+def _launcher(name: str, rule: Rule) -> Callable[[Any, Amp], None] | None:
+    """What runs a walk's step on a back-end that Python launches; None where the walk does."""
+    if name != "triton":
+        return None
+    from . import kernels
 
-def check_param(name: str, param: object) -> None:
-    """Raise where ``param`` cannot be updated; as csrc/plan.cpp and csrc/describe.cpp."""
-    if not isinstance(param, torch.Tensor):
-        raise TypeError(f"{name} is a {type(param).__name__}; needed: a tensor")
-    check_tensor(name, param, param)
-    if param.is_conj() or param.is_neg():
-        raise TypeError(f"{name} is a lazily conjugated view; resolve it with .resolve_conj()")
-    if any(param.shape[d] > 1 for d, stride in enumerate(param.stride()) if stride == 0):
-        raise RuntimeError(
-            f"{name} has elements that share memory (an expanded tensor); give it memory of its own"
-        )
+    launcher = kernels.Launcher(rule)
 
+    def launch(walk: Any, amp: Amp) -> None:
+        batches = walk.batches() if native.load()[0] else walk.batches(kernels.batches)
+        launcher.run(batches, walk.hyper(), amp.grad_scale, amp.found_inf)
+        walk.finish()
 
-def number_of(group: dict, key: str) -> float:
-    """The value of a hyper-parameter; as csrc/plan.cpp."""
-    try:
-        if isinstance(group[key], str):
-            raise TypeError
-        return float(group[key])
-    except (TypeError, ValueError) as error:
-        kind = type(group[key]).__name__
-        raise TypeError(
-            f"param_groups: {key} is a {kind}; needed: a number or a tensor with one element"
-        ) from error
-
-
-def _has_grad(param: object) -> bool:
-    return getattr(param, "grad", None) is not None
-
-
-def _refuse_meta(groups: list[dict]) -> None:
-    for i, group in enumerate(groups):
-        for k, param in enumerate(group["params"]):
-            if _has_grad(param) and param.device.type == "meta":
-                raise RuntimeError(
-                    f"param_groups[{i}]['params'][{k}] is on device meta, where there is no memory "
-                    "to update; give the model some with to_empty() before the first step"
-                )
+    return launch
 
 
 class Plan:
@@ -152,39 +84,46 @@ class Plan:
         self.rule = rule
         self._request = request
         self._dtype = dtype
-        self._choices: dict[str, Choice] = {}
-        self._walks: dict[str, Any] = {}  # per kind of device, the extension's plan for it
-        self._launchers: dict[str, Any] = {}  # per kind of device, where Python launches
-        self._python_walks = 0
+        self._walks: dict[str, Any] = {}  # by kind of device
+        self._launchers: dict[str, Any] = {}
+        # Whether every back-end reads what the GradScaler says on the device, in a step without
+        # first steps; else the host must wait for it.
+        self._reads_amp = False
         self._settled = False
-        self._uses_reference = False
 
     def _take(self, device_type: str, groups: list[dict]) -> None:
         """Choose the back-end for one kind of device, and make its walk."""
-        if device_type in self._choices:
-            return
         if device_type == "meta":
             _refuse_meta(groups)
-        choice = self._choices[device_type] = choose(self._request, device_type)
-        self._uses_reference |= choice.name == "reference"
-        if choice.name != "reference":
-            extension, _ = native.load()
-            keys = [
-                extension.StateKey(s.name, -1 if s.when is None else self.rule.hyper.index(s.when))
-                for s in self.rule.states
-            ]
-            index = native.rule_index()[self.rule.name]
-            walk = extension.Plan(index, self.rule.hyper, keys, device_type)
-            for other in self._choices:
-                walk.leave(other)
-            self._walks[device_type] = walk
-        for walk in self._walks.values():
-            walk.leave(device_type)
+        name = choose(self._request, device_type).name
+        walk = self._make_walk(name, device_type)
+        for other, other_walk in self._walks.items():
+            walk.leave(other)
+            other_walk.leave(device_type)
+        self._walks[device_type] = walk
+        self._launchers[device_type] = _launcher(name, self.rule)
+        self._reads_amp = all(launcher is not None for launcher in self._launchers.values())
+
+    def _make_walk(self, name: str, device_type: str) -> Any:
+        extension, _ = native.load()
+        if name == "reference" or extension is None:
+            return Walk(self.rule, device_type)
+        keys = [
+            extension.StateKey(s.name, -1 if s.when is None else self.rule.hyper.index(s.when))
+            for s in self.rule.states
+        ]
+        index = native.rule_index()[self.rule.name]
+        return extension.Plan(index, self.rule.hyper, keys, device_type)
 
     @property
     def moves(self) -> int:
         """Changes at least when a parameter was found at another address."""
-        return self._python_walks + sum(walk.moves for walk in self._walks.values())
+        return sum(walk.moves for walk in self._walks.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the extension's walks hold."""
+        return sum(walk.bytes() for walk in self._walks.values())
 
     def step(
         self,
@@ -198,86 +137,59 @@ class Plan:
         Returns False where ``amp`` says that the step must be skipped, as far as that is known
         without waiting for a device.
         """
-        if not self._choices:
-            for device_type in {p.device.type for g in groups for p in g["params"] if _has_grad(p)}:
-                self._take(device_type, groups)
-        # A back-end that Python launches reads these on the device, once all first steps are done.
-        waits = not self._settled or len(self._launchers) < len(self._choices)
+        waits = not (self._reads_amp and self._settled)
         if waits and amp.skips():
             return False
+        if not self._walks:
+            for device_type in _device_types(groups):
+                self._take(device_type, groups)
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
-        work = self._reference_work(groups, state, params) if self._uses_reference else ()
-        settled = True
-        for walk in self._walks.values():
-            first: list[int] = []
-            while todo := walk.read(groups, state, params, grad_multiplier, first):
-                if not waits and amp.skips():
-                    return False
-                for other in todo.devices:
-                    self._take(other, groups)
-                if todo.devices:
-                    return self.step(groups, state, params, amp)
-                items = [Item(param, groups[row]) for param, row in map(walk.at, todo.missing)]
-                make_states(self.rule, items, state, self._dtype)
-                first, settled = todo.missing, False
+        first: dict[str, list[int]] = {}
+        while todo := self._read(groups, state, params, grad_multiplier, first):
+            if not waits and amp.skips():
+                return False
+            first = {device_type: found.missing for device_type, found in todo.items()}
+            lacking = [self._walks[t].at(k) for t, missing in first.items() for k in missing]
+            tensors = [(param, groups[row]) for param, row in lacking]
+            make_states(self.rule, tensors, state, self._dtype)
+        self._settled = not first
         for device_type, walk in self._walks.items():
-            if device_type in self._launchers:
-                self._launchers[device_type].run(walk, amp if not waits else Amp())
-                walk.finish()
-            else:
+            launch = self._launchers[device_type]
+            if launch is None:
                 walk.run()
-        if work:
-            self._run_reference(work, state, grad_multiplier)
-        self._settled = settled
+            else:
+                launch(walk, Amp() if waits else amp)
         return True
 
-    def _reference_work(self, groups, state, params) -> list[Item]:
-        """The checked tensors that the reference updates: those no compiled back-end takes."""
-        self._python_walks += 1
-        wanted = None if params is None else {id(p) for p in params}
-        if wanted is not None and len(wanted) != len(params):
-            index = next(i for i, p in enumerate(params) if any(p is q for q in params[:i]))
-            raise ValueError(f"params[{index}] is given twice")
-        work = []
-        for i, group in enumerate(groups):
-            hyper = [number_of(group, key) for key in self.rule.hyper]
-            for k, param in enumerate(group["params"]):
-                if wanted is not None and id(param) not in wanted:
-                    continue
-                (wanted or set()).discard(id(param))
-                name = f"param_groups[{i}]['params'][{k}]"
-                if isinstance(param, torch.Tensor) and param.grad is None:
-                    continue
-                check_param(name, param)
-                self._take(param.device.type, groups)
-                if self._choices[param.device.type].name != "reference":
-                    continue
-                check_tensor(f"{name}.grad", param.grad, param)
-                for key in needed_states(self.rule, group):
-                    if key in state.get(param, ()):
-                        check_tensor(f"{name} state", state[param][key], param)
-                work.append(Item(param, group, hyper))
-        if wanted:
-            index = [id(p) in wanted for p in params].index(True)
-            raise ValueError(f"params[{index}] is not a parameter of this optimizer")
-        return work
+    def _read(self, groups, state, params, grad_multiplier, first) -> dict[str, Any]:
+        """Bring every walk up to date; what they lack, by kind of device."""
+        while True:
+            found = {
+                device_type: walk.read(
+                    groups, state, params, grad_multiplier, first.get(device_type, ())
+                )
+                for device_type, walk in self._walks.items()
+            }
+            lacking = {device_type: todo for device_type, todo in found.items() if todo}
+            new = {other for todo in lacking.values() for other in todo.devices}
+            if not new:
+                return lacking
+            for device_type in sorted(new):
+                self._take(device_type, groups)
 
-    @torch.no_grad()
-    def _run_reference(self, work: list[Item], state: dict, grad_multiplier: float) -> None:
-        first = {
-            id(param)
-            for param, group, _ in work
-            if any(n not in state.get(param, ()) for n in needed_states(self.rule, group))
-        }
-        make_states(self.rule, work, state, self._dtype)
-        for param, group, hyper in work:
-            needed = needed_states(self.rule, group)
-            reference.update(
-                self.rule,
-                param,
-                param.grad,
-                [state[param][s.name] if s.name in needed else None for s in self.rule.states],
-                hyper,
-                grad_multiplier=-grad_multiplier if group["maximize"] else grad_multiplier,
-                first=id(param) in first,
-            )
+
+def _device_types(groups: list[dict]) -> list[str]:
+    """Kinds of devices with a gradient; the CPU where there is none, so that somebody looks."""
+    params = [p for group in groups for p in group["params"]]
+    found = {p.device.type for p in params if getattr(p, "grad", None) is not None}
+    return sorted(found) or ["cpu"]
+
+
+def _refuse_meta(groups: list[dict]) -> None:
+    for i, group in enumerate(groups):
+        for k, param in enumerate(group["params"]):
+            if param.device.type == "meta" and param.grad is not None:
+                raise RuntimeError(
+                    f"param_groups[{i}]['params'][{k}] is on device meta, where there is no memory "
+                    "to update; give the model some with to_empty() before the first step"
+                )

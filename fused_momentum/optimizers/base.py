@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import flat
 from ..backends import check_request, choose
-from ..plan import Amp, Item, Plan, make_states
+from ..plan import Amp, Plan, make_states
 from ..rules import Rule
 
 NO_AMP = Amp()
@@ -285,8 +285,8 @@ class FusedOptimizer(Optimizer):
             found += [(param, name, values.pop(name)) for name in names & set(values)]
         # A buffer that momentum 0 leaves unused is kept as well.
         always = {key: 1.0 for s in self.rule.states if (key := s.when)}
-        items = [Item(param, always) for param, _, _ in found]
-        make_states(self.rule, items, self.state, self._options.state_dtype)
+        tensors = [(param, always) for param, _, _ in found]
+        make_states(self.rule, tensors, self.state, self._options.state_dtype)
         for param, name, value in found:
             tensor = value.tensor if isinstance(value, _Keep) else value
             self.state[param][name].copy_(tensor)

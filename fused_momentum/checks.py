@@ -1,0 +1,66 @@
+"""What may take part in a step, and the error for what may not; as csrc/plan.cpp, describe.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+
+def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
+    """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
+    if tensor.is_sparse or tensor.layout in (torch.sparse_csr, torch.sparse_csc):
+        raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
+    if tensor.device != param.device:
+        raise ValueError(
+            f"{name} is on device {tensor.device}, its parameter on {param.device}; "
+            "both must be on the same device"
+        )
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, its parameter {list(param.shape)}; "
+            "they must be the same"
+        )
+    if tensor.is_complex() != param.is_complex():
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, its parameter {param.dtype}; "
+            "both must be real or both complex"
+        )
+
+
+def check_param(name: str, param: object) -> None:
+    """Raise where ``param`` cannot be updated; as csrc/plan.cpp and csrc/describe.cpp."""
+    if not isinstance(param, torch.Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}; needed: a tensor")
+    check_tensor(name, param, param)
+    if param.is_conj() or param.is_neg():
+        raise TypeError(f"{name} is a lazily conjugated view; resolve it with .resolve_conj()")
+    expanded = [
+        size for size, stride in zip(param.shape, param.stride(), strict=True) if not stride
+    ]
+    if param.numel() and any(size > 1 for size in expanded):
+        raise RuntimeError(
+            f"{name} has elements that share memory (an expanded tensor); give it memory of its own"
+        )
+
+
+def number_of(group: dict, key: str) -> float:
+    """The value of a hyper-parameter; as csrc/plan.cpp."""
+    try:
+        if isinstance(group[key], str):
+            raise TypeError
+        return float(group[key])
+    except (TypeError, ValueError) as error:
+        kind = type(group[key]).__name__
+        raise TypeError(
+            f"param_groups: {key} is a {kind}; needed: a number or a tensor with one element"
+        ) from error

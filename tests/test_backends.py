@@ -1,0 +1,162 @@
+"""Which back-end is chosen, that it is the one that runs, and what is said where there is none."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from cases import CLASSES, EXTENSION, TYPES, VARIANTS, Form, Run, differing
+from torch.nn import Parameter
+
+import fused_momentum
+from fused_momentum import native, reference
+from fused_momentum.backends import DEVICES, PREFERENCE, backends, check_request, choose
+
+OURS = pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
+REASON = "no compiled code today"
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    """The package as it is installed where nothing could be compiled."""
+
+    def fail(name, *more):
+        if name == "fused_momentum._C":
+            raise ImportError(REASON)
+        return real(name, *more)
+
+    real = importlib.import_module
+    monkeypatch.setattr(native.importlib, "import_module", fail)
+    native.load.cache_clear()
+    native.rule_index.cache_clear()
+    yield
+    native.load.cache_clear()
+    native.rule_index.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the updates that the reference makes."""
+    made = []
+    update = reference.update
+    monkeypatch.setattr(reference, "update", lambda *a, **k: made.append(a) or update(*a, **k))
+    return made
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def test_every_row_has_a_name_and_a_reason():
+    rows = {row.name: row for row in backends()}
+    assert list(rows)[:2] == ["reference", "cpu"]
+    assert rows["reference"].available
+    assert rows["cpu"].available, "the tests are run with the extension"
+    assert EXTENSION.cpu_level() in rows["cpu"].reason
+    assert all(row.reason for row in rows.values())
+    assert set(rows) == set(DEVICES)
+    assert {name for names in PREFERENCE.values() for name in names} <= set(rows)
+    assert fused_momentum.backends() == backends()
+
+
+def test_auto_takes_the_fastest_and_explicit_requests_are_kept():
+    assert choose("auto", "cpu").name == "cpu"
+    for name in ("cpu", "reference"):
+        assert choose(name, "cpu") == (name, "requested")
+    assert choose("auto", "xpu").name == "reference"
+    assert choose("reference", "xpu").name == "reference"
+
+
+ERRORS = {
+    "unknown": (lambda: check_request("gpu"), ValueError, r"backend='gpu' is not one of \['auto'"),
+    "none": (lambda: check_request(None), ValueError, "backend=None is not one of"),
+    "device": (
+        lambda: choose("cpu", "xpu"),
+        RuntimeError,
+        "'cpu' cannot update xpu .* works on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS.values(), ids=ERRORS)
+def test_a_request_that_cannot_be_met_raises(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+# --- what runs is what is said ---------------------------------------------------------------
+
+
+@OURS
+@pytest.mark.parametrize("request_", ["auto", "cpu", "reference"])
+def test_what_runs_is_what_repr_says(cls, request_, calls):
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = cls([p], lr=0.1, backend=request_)
+    said = re.search(r"^backend: (\w+) for cpu \((.+)\)$", repr(optimizer), re.MULTILINE)
+    assert said, repr(optimizer)
+    assert said[1] == ("cpu" if request_ == "auto" else request_)
+    assert said[0].endswith(optimizer.backend)
+    optimizer.step()
+    assert len(calls) == (said[1] == "reference")
+
+
+@OURS
+def test_repr_works_before_the_parameters_have_memory(cls):
+    optimizer = cls([Parameter(torch.ones(3, device="meta"))], lr=0.1)
+    assert "lr: 0.1" in repr(optimizer)
+
+
+# --- without the extension -------------------------------------------------------------------
+
+FORMS = (Form((7,)), Form((1030,)), Form((5, 6, 7, 3), "channels_last"))
+
+
+@pytest.mark.usefixtures("without_extension")
+@OURS
+def test_pure_python_works_and_says_why(cls, calls):
+    assert native.load()[0] is None
+    rows = {row.name: row for row in fused_momentum.backends()}
+    assert not rows["cpu"].available
+    assert REASON in rows["cpu"].reason
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = cls([p], lr=0.5, momentum=0)
+    assert optimizer.backend.startswith("reference for cpu (cpu: ")
+    assert REASON in repr(optimizer)
+    optimizer.step()
+    assert calls
+    assert p.tolist() == [0.5] * 3
+    optimizer.step_params([p])
+    assert p.tolist() == [0.0] * 3
+
+
+@pytest.mark.usefixtures("without_extension")
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_pure_python_gives_the_same_bits(variant):
+    auto, truth = (Run(variant, FORMS, TYPES["f32"], name) for name in ("auto", "reference"))
+    assert not differing(auto.train(), truth.train())
+
+
+@pytest.mark.usefixtures("without_extension")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pure_python_ops(name):
+    variant = VARIANTS[name]
+    lists = [[torch.ones(3)] for _ in range(2 + len(variant.rule.states))]
+    getattr(fused_momentum.ops, f"{variant.name}_")(*lists, **variant.hyper)
+    assert not torch.equal(lists[0][0], torch.ones(3))
+
+
+@pytest.mark.usefixtures("without_extension")
+@OURS
+def test_an_explicit_request_without_the_extension_raises_with_the_reason(cls):
+    with pytest.raises(RuntimeError, match=f"backend='cpu' cannot be used: .*{REASON}"):
+        cls([Parameter(torch.ones(3))], lr=0.1, backend="cpu")
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_the_reason_is_remembered_and_says_what_to_do():
+    reason = native.load()[1]
+    assert "pip install" in reason
+    assert native.load()[1] is reason, "the load is tried only once"
+    with pytest.raises(RuntimeError, match=REASON):
+        native.rule_index()
