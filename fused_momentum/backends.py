@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
+
+import torch
 
 from . import native
 
@@ -22,10 +26,30 @@ class Choice(NamedTuple):
     reason: str
 
 
-# The devices each back-end works on; the reference works on all.
-DEVICES = {"reference": None, "cpu": "cpu"}
-# What "auto" tries on a device, best first.
-PREFERENCE = {"cpu": ("cpu", "reference")}
+# What "auto" tries on a kind of device, best first; anything else goes to the reference.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+
+def _triton() -> tuple[bool, str]:
+    """Whether the Triton kernels can run here, and why (not)."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed; install it with pip install triton"
+    if _interpreted():
+        return True, "Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device"
+    return True, "Triton kernels"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _devices(name: str) -> tuple[str, ...] | None:
+    """The kinds of devices that a back-end works on; None: all."""
+    if name == "triton":
+        return ("cpu",) if _interpreted() else ("cuda",)
+    return {"reference": None, "cpu": ("cpu",)}[name]
 
 
 def backends() -> list[Backend]:
@@ -34,13 +58,14 @@ def backends() -> list[Backend]:
     Example:
         >>> import fused_momentum
         >>> [row.name for row in fused_momentum.backends()]
-        ['reference', 'cpu']
+        ['reference', 'cpu', 'triton']
     """
     extension, reason = native.load()
     cpu = f"C++ kernel, level {extension.cpu_level()}" if extension else reason
     return [
         Backend("reference", True, "plain torch, defines the truth"),
         Backend("cpu", extension is not None, cpu),
+        Backend("triton", *_triton()),
     ]
 
 
@@ -62,16 +87,17 @@ def choose(request: str, device_type: str) -> Choice:
     """
     check_request(request)
     if request != "auto":
-        works_on = DEVICES[request]
-        if works_on not in (None, device_type):
+        works_on = _devices(request)
+        if works_on is not None and device_type not in works_on:
             raise RuntimeError(
-                f"backend={request!r} cannot update {device_type} tensors; it works on {works_on}"
+                f"backend={request!r} cannot update {device_type} tensors; it works on "
+                f"{', '.join(works_on)}"
             )
         return Choice(request, "requested")
     rows = {row.name: row for row in backends()}
     skipped = []
     for name in PREFERENCE.get(device_type, ("reference",)):
-        if rows[name].available:
+        if rows[name].available and device_type in (_devices(name) or (device_type,)):
             return Choice(name, "; ".join(skipped) or "the fastest here")
         skipped.append(f"{name}: {rows[name].reason}")
     raise AssertionError("the reference is always available")

@@ -70,8 +70,7 @@ def _launcher(name: str, rule: Rule) -> Callable[[Any, Amp], None] | None:
     launcher = kernels.Launcher(rule)
 
     def launch(walk: Any, amp: Amp) -> None:
-        batches = walk.batches() if native.load()[0] else walk.batches(kernels.batches)
-        launcher.run(batches, walk.hyper(), amp.grad_scale, amp.found_inf)
+        launcher.run(walk.batches(), walk.hyper(), amp.grad_scale, amp.found_inf)
         walk.finish()
 
     return launch

@@ -6,7 +6,7 @@ there is no extension. Same methods, same errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,9 +128,16 @@ class Walk:
                 first=first,
             )
 
-    def batches(self, make: Callable) -> list:
+    def batches(self) -> list:
         """The step as tables, for a back-end that is launched from Python."""
-        return make([((p, p.grad, *states), row, (float(f),)) for p, states, row, f in self._items])
+        from . import kernels
+
+        return kernels.batches(
+            [
+                kernels.Item((param, param.grad, *states), row, (float(first),))
+                for param, states, row, first in self._items
+            ]
+        )
 
     def hyper(self) -> torch.Tensor:
         """float64 [rows, k + 1]: each group's hyper-parameters, then its gradient multiplier."""
