@@ -117,6 +117,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_level", [] { return std::string(cpu_level()->name); });
   m.def("use_cpu_level", &use_cpu_level);
   m.def("split", &split);
+  m.def("cuda_devices", &cuda_devices);
   py::class_<StateKey>(m, "StateKey").def(py::init<std::string, int>());
   py::class_<Batch>(m, "Batch")
       .def_property_readonly("device", [](const Batch& batch) { return py::cast(batch.device); })
@@ -133,6 +134,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   plan.def(py::init<int, std::vector<std::string>, std::vector<StateKey>, std::string>())
       .def("read", &Plan::read)
       .def("run", &Plan::run)
+      .def("run_cuda", &Plan::run_cuda)
+      .def_property_readonly("launches", &Plan::launches)
       .def("batches", &Plan::batches)
       .def("finish", py::overload_cast<>(&Plan::finish))
       .def("hyper", &Plan::hyper)

@@ -63,6 +63,8 @@ void describe(const std::string& name, const std::vector<at::Tensor>& streams, S
     const std::string stream_name = name + (s < 2 ? role[s] : " state");
     check_stream(stream_name, param, tensor);
     segment->dtype[s] = dtype_of(stream_name, tensor);
+    // An absent state has the type that states have by default: no launch of its own for it.
+    if (!streams[s].defined() && segment->dtype[s] != DType::f64) segment->dtype[s] = DType::f32;
     strided.push_back({tensor.sizes().data(), tensor.strides().data()});
   }
   TORCH_CHECK_TYPE(!param.is_conj() && !param.is_neg(), name,

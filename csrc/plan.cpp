@@ -70,7 +70,8 @@ Plan::Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<Sta
       device_type_(at::Device(device_type).type()),
       state_keys_(std::move(state_keys)),
       params_key_(interned("params")),
-      maximize_key_(interned("maximize")) {
+      maximize_key_(interned("maximize")),
+      capturable_key_(interned("capturable")) {
   for (const std::string& key : hyper_keys) hyper_keys_.push_back(interned(key));
   for (const StateKey& key : state_keys_) state_names_.push_back(interned(key.name));
 }
@@ -126,11 +127,30 @@ void Plan::read_groups(const py::list& groups) {
 void Plan::read_hyper(double grad_multiplier) {
   hyper_.clear();
   grad_multiplier_.clear();
-  for (const Group& group : groups_) {
-    for (const py::object& key : hyper_keys_) hyper_.push_back(read_number(group.dict.ptr(), key));
-    const bool maximize = read_number(group.dict.ptr(), maximize_key_) != 0;
+  lr_.assign(groups_.size(), nullptr);
+  lr_dtype_.assign(groups_.size(), DType::f32);
+  for (size_t row = 0; row < groups_.size(); row++) {
+    PyObject* dict = groups_[row].dict.ptr();
+    for (size_t k = 0; k < hyper_keys_.size(); k++) {
+      const bool on_device = k == 0 && read_device_lr(dict, row);
+      hyper_.push_back(on_device ? 0.0 : read_number(dict, hyper_keys_[k]));
+    }
+    const bool maximize = read_number(dict, maximize_key_) != 0;
     grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
   }
+}
+
+// A learning rate that is a tensor on the device stays there in a capturable group: reading it here
+// would wait for the device, and freeze its value in a captured graph.
+bool Plan::read_device_lr(PyObject* dict, size_t row) {
+  PyObject* value = PyDict_GetItemWithError(dict, hyper_keys_[0].ptr());
+  if (value == nullptr || !THPVariable_Check(value)) return false;
+  const at::Tensor& lr = THPVariable_Unpack(value);
+  const bool number = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
+  if (!lr.is_cuda() || !number || read_number(dict, capturable_key_) == 0) return false;
+  lr_[row] = lr.const_data_ptr();
+  lr_dtype_[row] = lr.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
+  return true;
 }
 
 void Plan::read_state(const py::dict& state) {
@@ -259,14 +279,6 @@ std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
   return positions;
 }
 
-template <class F>
-void Plan::for_each_chosen(F&& f) const {
-  if (all_)
-    for (size_t i = 0; i < entries_.size(); i++) f(int64_t(i));
-  else
-    for (int64_t position : chosen_) f(position);
-}
-
 std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& state,
                                      const std::optional<py::list>& subset, double grad_multiplier,
                                      const std::vector<int64_t>& first) {
@@ -287,13 +299,13 @@ void Plan::run() {
   if (all_) {
     if (tiles_changed_) count_tiles(segments_, &tile_ends_);
     tiles_changed_ = false;
-    launch(segments_, tile_ends_);
+    launch_cpu(segments_, tile_ends_);
   } else {
     std::vector<Segment> segments;
     std::vector<int64_t> tile_ends;
     for (int64_t position : chosen_) segments.push_back(segments_[position]);
     count_tiles(segments, &tile_ends);
-    launch(segments, tile_ends);
+    launch_cpu(segments, tile_ends);
   }
   finish();
 }
@@ -329,9 +341,8 @@ at::Tensor Plan::hyper() const {
   return table;
 }
 
-void Plan::launch(const std::vector<Segment>& segments,
-                  const std::vector<int64_t>& tile_ends) const {
-  if (segments.empty()) return;
+Launch Plan::describe_launch(const std::vector<Segment>& segments,
+                             const std::vector<int64_t>& tile_ends) const {
   Launch launch;
   launch.rule = rule_;
   launch.segments = segments.data();
@@ -340,8 +351,14 @@ void Plan::launch(const std::vector<Segment>& segments,
   launch.hyper = hyper_.data();
   launch.hyper_stride = int(hyper_keys_.size());
   launch.grad_multiplier = grad_multiplier_.data();
+  return launch;
+}
+
+void Plan::launch_cpu(const std::vector<Segment>& segments,
+                      const std::vector<int64_t>& tile_ends) const {
+  if (segments.empty()) return;
   py::gil_scoped_release without_gil;
-  run_cpu(launch);
+  run_cpu(describe_launch(segments, tile_ends));
 }
 
 void Plan::finish(int64_t position) {

@@ -6,12 +6,17 @@
 #include <torch/extension.h>
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "launch.h"
+
+#ifdef FUSED_MOMENTUM_CUDA
+#include "cuda/launch_cuda.h"
+#endif
 
 namespace fused_momentum {
 
@@ -58,6 +63,13 @@ class Plan {
   // The step itself, on the CPU.
   void run();
 
+  // The step itself, on CUDA devices: one kernel per device and set of types, on the stream that
+  // current_stream(device index) names. grad_scale and found_inf are read there.
+  void run_cuda(const py::function& current_stream, const std::optional<at::Tensor>& grad_scale,
+                const std::optional<at::Tensor>& found_inf);
+  // How many kernels the last step launched.
+  int launches() const { return launches_; }
+
   // The step as tables, for a back-end that is launched from Python; finish() when it is.
   std::vector<Batch> batches() const;
   void finish();
@@ -92,6 +104,7 @@ class Plan {
   bool groups_changed(const py::list& groups) const;
   void read_groups(const py::list& groups);
   void read_hyper(double grad_multiplier);
+  bool read_device_lr(PyObject* dict, size_t row);
   void read_state(const py::dict& state);
   bool read_entry(int64_t position, Todo* todo);
   void sit_out(int64_t position);
@@ -101,7 +114,10 @@ class Plan {
   std::string name_of(int64_t position) const;
   bool needs(const StateKey& key, int row) const;
   std::vector<int64_t> positions_of(const py::list& subset) const;
-  void launch(const std::vector<Segment>& segments, const std::vector<int64_t>& tile_ends) const;
+  void launch_cpu(const std::vector<Segment>& segments,
+                  const std::vector<int64_t>& tile_ends) const;
+  Launch describe_launch(const std::vector<Segment>& segments,
+                         const std::vector<int64_t>& tile_ends) const;
   void finish(int64_t position);
   template <class F>
   void for_each_chosen(F&& f) const;
@@ -114,7 +130,7 @@ class Plan {
   std::vector<py::object> hyper_keys_;
   const std::vector<StateKey> state_keys_;
   std::vector<py::object> state_names_;
-  const py::object params_key_, maximize_key_;
+  const py::object params_key_, maximize_key_, capturable_key_;
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
@@ -131,11 +147,29 @@ class Plan {
   bool tiles_changed_ = true;
   int64_t moves_ = 0;
   std::vector<double> hyper_, grad_multiplier_;
+  // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
+  std::vector<const void*> lr_;
+  std::vector<DType> lr_dtype_;
+  int launches_ = 0;
+#ifdef FUSED_MOMENTUM_CUDA
+  std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;
+#endif
 };
+
+template <class F>
+void Plan::for_each_chosen(F&& f) const {
+  if (all_)
+    for (size_t i = 0; i < entries_.size(); i++) f(int64_t(i));
+  else
+    for (int64_t position : chosen_) f(position);
+}
 
 // Fills data, dtype, numel and layout of a segment from its streams p, g, states (undefined:
 // absent). `name` is the parameter's in error messages.
 void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,
               std::unique_ptr<Layout>* layout);
+
+// The number of CUDA devices; raises, with the reason, where there is none.
+int cuda_devices();
 
 }  // namespace fused_momentum

@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 # What "auto" tries on a kind of device, best first; anything else goes to the reference.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 def _triton() -> tuple[bool, str]:
@@ -41,15 +41,28 @@ def _triton() -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
+def _cuda() -> tuple[bool, str]:
+    """Whether the CUDA kernels can run here, and why (not)."""
+    extension, reason = native.load()
+    if extension is None:
+        return False, reason
+    if not torch.backends.cuda.is_built():
+        return False, "this torch is built without CUDA"
+    try:
+        return True, f"CUDA kernels, {extension.cuda_devices()} devices"
+    except RuntimeError as error:
+        return False, str(error)
+
+
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _devices(name: str) -> tuple[str, ...] | None:
     """The kinds of devices that a back-end works on; None: all."""
     if name == "triton":
         return ("cpu",) if _interpreted() else ("cuda",)
-    return {"reference": None, "cpu": ("cpu",)}[name]
+    return {"reference": None, "cpu": ("cpu",), "cuda": ("cuda",)}[name]
 
 
 def backends() -> list[Backend]:
@@ -58,7 +71,7 @@ def backends() -> list[Backend]:
     Example:
         >>> import fused_momentum
         >>> [row.name for row in fused_momentum.backends()]
-        ['reference', 'cpu', 'triton']
+        ['reference', 'cpu', 'triton', 'cuda']
     """
     extension, reason = native.load()
     cpu = f"C++ kernel, level {extension.cpu_level()}" if extension else reason
@@ -66,6 +79,7 @@ def backends() -> list[Backend]:
         Backend("reference", True, "plain torch, defines the truth"),
         Backend("cpu", extension is not None, cpu),
         Backend("triton", *_triton()),
+        Backend("cuda", *_cuda()),
     ]
 
 

@@ -63,6 +63,8 @@ class Amp(NamedTuple):
 
 def _launcher(name: str, rule: Rule) -> Callable[[Any, Amp], None] | None:
     """What runs a walk's step on a back-end that Python launches; None where the walk does."""
+    if name == "cuda":
+        return _launch_cuda
     if name != "triton":
         return None
     from . import kernels
@@ -74,6 +76,10 @@ def _launcher(name: str, rule: Rule) -> Callable[[Any, Amp], None] | None:
         walk.finish()
 
     return launch
+
+
+def _launch_cuda(walk: Any, amp: Amp) -> None:
+    walk.run_cuda(torch._C._cuda_getCurrentRawStream, amp.grad_scale, amp.found_inf)
 
 
 class Plan:

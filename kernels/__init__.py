@@ -1,14 +1,11 @@
 """The rules on Triton: one launch for the tensors of one dtype signature, whatever their number.
 
-addresses, numels, layouts = describe(tensors)
-table = Table(device)
-table.set_tensors(addresses, numels, rows, tensor_scalars, layouts)
-table.set_hyper(hyper)
-run(rule, dtypes, table)
+launcher = Launcher(rule)
+launcher.run(batches(items), hyper)  # or the batches of the extension's plan
 """
 
-from .describe import describe
-from .launch import Table, run
+from .describe import Batch, Item, batches
+from .launch import Launcher, Table, run
 from .sums import tensor_sums
 
-__all__ = ["Table", "describe", "run", "tensor_sums"]
+__all__ = ["Batch", "Item", "Launcher", "Table", "batches", "run", "tensor_sums"]

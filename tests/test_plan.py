@@ -82,10 +82,11 @@ def data_dtype(run):
 
 @event
 def data_shape(run):
-    old, run.params[1].data = run.params[1].data, torch.ones(3 * TILE)
-    run.params[1].grad = torch.ones(3 * TILE)
+    old = run.params[1].data
+    run.params[1].data = old.new_ones(3 * TILE)
+    run.params[1].grad = old.new_ones(3 * TILE)
     for key in _state(run, 1):
-        _state(run, 1)[key] = torch.ones(3 * TILE)
+        _state(run, 1)[key] = old.new_ones(3 * TILE)
     return [old]
 
 
@@ -123,7 +124,7 @@ def state_data(run):
 
 @event
 def state_of_a_parameter(run):
-    run.opt.state[run.params[1]] = {_key(run): values((TILE + 1,), torch.float32, 9).clone()}
+    run.opt.state[run.params[1]] = {_key(run): torch.full_like(run.params[1], 0.3)}
 
 
 @event
@@ -149,8 +150,8 @@ def all_states_cleared(run):
 @event
 def parameter(run):
     old = run.params[1]
-    run.params[1] = run.opt.param_groups[0]["params"][1] = Parameter(torch.ones(TILE + 1))
-    run.params[1].grad = torch.ones(TILE + 1)
+    run.params[1] = run.opt.param_groups[0]["params"][1] = Parameter(torch.ones_like(old))
+    run.params[1].grad = torch.ones_like(old)
     return [old]
 
 
@@ -202,7 +203,7 @@ def _run(variant, backend):
 def _set_grads(run, step):
     for i, p in enumerate(run.params):
         p.grad_dtype = None
-        p.grad = values(p.shape, p.dtype, 100 * step + i).clone()
+        p.grad = values(p.shape, p.dtype, 100 * step + i).to(p.device, copy=True)
 
 
 def _train(variant, backend, event, at):

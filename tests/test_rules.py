@@ -12,6 +12,7 @@ from cases import (
     VARIANTS,
     backends,
     bits,
+    device_of,
     one_thread,  # noqa: F401  a fixture for every test here
     rules,
     switches,
@@ -20,8 +21,6 @@ from cases import (
     variants,
 )
 from torch.nn import Parameter
-
-from fused_momentum.backends import DEVICES
 
 # --- the tables ------------------------------------------------------------------------------
 
@@ -61,7 +60,7 @@ def test_a_row_agrees_with_its_functions(rule):
 )
 def test_numbers_worked_by_hand(rule, backend, dtype):
     """Sums of a few powers of two, so they are exact in every dtype."""
-    device = DEVICES[backend] or "cpu"
+    device = device_of(backend)
     hyper, (_, start), *steps = rule.worked
     p = Parameter(torch.tensor(start, dtype=dtype, device=device))
     optimizer = CLASSES[rule.name]([p], **hyper, backend=backend)

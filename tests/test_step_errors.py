@@ -176,9 +176,7 @@ def test_a_meta_model_is_usable_after_to_empty(cls, backend, swap):
     optimizer = cls(meta, lr=0.5, momentum=0, backend=backend)
     for p in meta:
         p.grad = torch.ones_like(p)
-    with pytest.raises(
-        RuntimeError, match=r"\['params'\]\[0\] is on .*meta.*to_empty"
-    ):
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\] is on .*meta.*to_empty"):
         optimizer.step()
     assert not optimizer.state
     torch.__future__.set_swap_module_params_on_conversion(swap)

@@ -1,0 +1,197 @@
+"""The CUDA kernels' own source, compiled for the CPU, with every access to memory counted.
+
+``shim.cpp`` runs each block and thread of a launch; this module builds it and hands tensors to it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+CXX = shlex.split(os.environ.get("CXX", "g++"))
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/launch.h
+GRAD_SUMS = -1
+MAX_DIMS, MAX_STREAMS = 8, 7
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p * MAX_STREAMS),
+        ("numel", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * MAX_DIMS),
+        ("strides", ctypes.c_int64 * MAX_DIMS * MAX_STREAMS),
+        ("first", ctypes.c_double),
+        ("row", ctypes.c_int32),
+        ("dims", ctypes.c_int32),
+        ("dtype", ctypes.c_uint8 * MAX_STREAMS),
+    )
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("tensors", ctypes.POINTER(Tensor)),
+        ("count", ctypes.c_int64),
+        ("hyper", ctypes.c_void_p),
+        ("grad_multiplier", ctypes.c_void_p),
+        ("rule", ctypes.c_int32),
+        ("hyper_stride", ctypes.c_int32),
+        *((key, ctypes.c_void_p) for key in ("grad_scale", "found_inf", "first", "ticket")),
+        *((key, ctypes.c_void_p) for key in ("lr", "lr_dtype")),
+        *((key, ctypes.c_int32) for key in ("capturing", "tiles_per_block", "seed")),
+        *((key, ctypes.c_int32) for key in ("skip_block", "repeat_block")),
+        *((key, ctypes.c_void_p) for key in ("tile_sums", "sums")),
+    )
+
+
+class Result(ctypes.Structure):
+    _fields_ = (
+        *((k, ctypes.c_int32) for k in ("code", "launches", "uploads", "large", "own_kernels")),
+        *((k, ctypes.c_int64) for k in ("blocks", "strays", "misaligned", "vectors", "scalars")),
+    )
+
+
+class Region(ctypes.Structure):
+    _fields_ = (
+        ("begin", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("reads", ctypes.c_void_p),
+        ("writes", ctypes.c_void_p),
+    )
+
+
+def has_compiler():
+    return shutil.which(CXX[0]) is not None
+
+
+def sources():
+    """Every file that the shim is compiled from."""
+    return sorted(p for d in (ROOT / "csrc", HERE) for p in d.rglob("*") if p.suffix[:2] in (".h", ".c"))
+
+
+def digest(*words):
+    """Changes with any source and any of the words."""
+    text = b"".join(path.read_bytes() for path in sources()) + repr(words).encode()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def build(folder):
+    """Compile the shim into ``folder``, unless it is there, and load it."""
+    library = Path(folder) / f"shim-{digest(CXX, FLAGS)}.so"
+    if not library.exists():
+        new = library.with_suffix(f".{os.getpid()}")
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+        subprocess.run([*CXX, *FLAGS, *includes, "-o", new, HERE / "shim.cpp"], check=True)
+        new.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def real(tensor):
+    """The tensor as the extension takes it: complex numbers as pairs, nothing lazy."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _describe(streams, row, first):
+    """A tensor of the launch from its streams p, g, states, of which some may be None."""
+    made = Tensor(numel=streams[0].numel(), row=row, first=first, dims=streams[0].ndim)
+    made.sizes[: made.dims] = streams[0].shape
+    for s, stream in enumerate(streams):
+        made.dtype[s] = DTYPES.index((streams[0] if stream is None else stream).dtype)
+        if stream is not None:
+            made.data[s] = stream.data_ptr()
+            made.strides[s][: made.dims] = stream.stride()
+    return made
+
+
+class Counts:
+    """How often each byte of the tensors was read and written."""
+
+    def __init__(self, tensors):
+        self.of = {}  # address of the memory: its bytes, reads, writes
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                zeros = torch.zeros(2, storage.nbytes(), dtype=torch.uint8)
+                self.of.setdefault(storage.data_ptr(), (storage.nbytes(), *zeros))
+
+    def regions(self):
+        return [
+            Region(at, size, reads.data_ptr(), writes.data_ptr())
+            for at, (size, reads, writes) in self.of.items()
+        ]
+
+    def are(self, tensor, reads, writes):
+        """Whether each element was read and written so often, and nothing between them at all."""
+        if tensor.numel() == 0:
+            return True
+        _, *counts = self.of[tensor.untyped_storage().data_ptr()]
+        item = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        for count, expected in zip(counts, (reads, writes), strict=True):
+            every_byte = torch.full((tensor.element_size(),), expected, dtype=torch.uint8)
+            want = torch.zeros_like(count)
+            of_elements = want.view(item).as_strided(
+                tensor.shape, tensor.stride(), tensor.storage_offset()
+            )
+            of_elements.fill_(every_byte.view(item).item())
+            if not torch.equal(want, count):
+                return False
+        return True
+
+
+class Shim:
+    """Runs launches; ``run`` returns what was counted."""
+
+    def __init__(self, folder):
+        self.library = build(folder)
+        self.words = functools.partial(self.library.shim_words)  # of the arguments: large or not
+
+    def run(self, rule, tensors, *, hyper=(), multipliers=(), rows=None, first=None, **options):
+        """One step of rule number ``rule`` over tensors, each a list [p, g, *states].
+
+        ``hyper``: one list of hyper-parameters per row. ``lr``: per row a tensor or None. ``first``:
+        flags known to the host, ``flags``: a tensor of them in the device's memory. ``unknown``: a
+        tensor that kernels may not touch.
+        Other options are those of ShimLaunch in shim.cpp; tensors are passed by address.
+        """
+        count = len(tensors)
+        rows, first = rows or [0] * count, first or [0.0] * count
+        described = (Tensor * count)(*map(_describe, tensors, rows, first))
+        known = [t for streams in tensors for t in streams if t is not None]
+        counts = Counts([t for t in known if t is not options.get("unknown")])
+        others = Counts([options[key] for key in ("tile_sums", "sums") if key in options])
+        regions = counts.regions() + others.regions()
+        self.library.shim_memory((Region * len(regions))(*regions), len(regions))
+        table = torch.tensor(hyper, dtype=torch.float64)
+        multiplier = torch.tensor(multipliers or [1.0] * len(hyper), dtype=torch.float64)
+        launch = Launch(described, count, table.data_ptr(), multiplier.data_ptr(), rule)
+        launch.hyper_stride = table.shape[-1]
+        launch.first = _address(options.pop("flags", None))
+        lrs = options.pop("lr", None)
+        if lrs is not None:
+            addresses = (ctypes.c_void_p * len(lrs))(*map(_address, lrs))
+            dtypes = (ctypes.c_uint8 * len(lrs))(
+                *(0 if t is None else DTYPES.index(t.dtype) for t in lrs)
+            )
+            launch.lr = ctypes.cast(addresses, ctypes.c_void_p)
+            launch.lr_dtype = ctypes.cast(dtypes, ctypes.c_void_p)
+        launch.skip_block = launch.repeat_block = -1
+        options.pop("unknown", None)
+        for key, value in options.items():
+            setattr(launch, key, _address(value) if isinstance(value, torch.Tensor) else value)
+        result = Result()
+        self.library.shim_run(ctypes.byref(launch), ctypes.byref(result))
+        result.counts = counts
+        return result
