@@ -143,6 +143,7 @@ void Plan::read_hyper(double grad_multiplier) {
 // A learning rate that is a tensor on the device stays there in a capturable group: reading it here
 // would wait for the device, and freeze its value in a captured graph.
 bool Plan::read_device_lr(PyObject* dict, size_t row) {
+  if (!keeps_lr_) return false;
   PyObject* value = PyDict_GetItemWithError(dict, hyper_keys_[0].ptr());
   if (value == nullptr || !THPVariable_Check(value)) return false;
   const at::Tensor& lr = THPVariable_Unpack(value);

@@ -77,6 +77,9 @@ class Plan {
   // float64 [rows, hyper-parameters + 1]: each group's, then its gradient multiplier.
   at::Tensor hyper() const;
 
+  // The back-end reads learning rates of capturable groups on the device.
+  void keep_lr_on_device() { keeps_lr_ = true; }
+
   // Tensors on this kind of device are taken care of elsewhere.
   void leave(const std::string& device_type) { left_.push_back(at::Device(device_type).type()); }
 
@@ -150,6 +153,7 @@ class Plan {
   // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
   std::vector<const void*> lr_;
   std::vector<DType> lr_dtype_;
+  bool keeps_lr_ = false;
   int launches_ = 0;
 #ifdef FUSED_MOMENTUM_CUDA
   std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;

@@ -118,7 +118,10 @@ class Plan:
             for s in self.rule.states
         ]
         index = native.rule_index()[self.rule.name]
-        return extension.Plan(index, self.rule.hyper, keys, device_type)
+        walk = extension.Plan(index, self.rule.hyper, keys, device_type)
+        if name == "cuda":
+            walk.keep_lr_on_device()
+        return walk
 
     @property
     def moves(self) -> int:

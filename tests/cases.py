@@ -31,13 +31,11 @@ CLASSES = {
 
 def device_of(backend):
     """The kind of device that a back-end is tested on."""
-    for device in ("cpu", "cuda"):
-        try:
-            choose(backend, device)
-        except RuntimeError:
-            continue
-        return device
-    raise AssertionError(f"{backend} works on no device")
+    try:
+        choose(backend, "cpu")
+    except RuntimeError:
+        return "cuda"
+    return "cpu"
 
 
 # --- hyper-parameters ------------------------------------------------------------------------
