@@ -1,5 +1,6 @@
-// How a stream is stored: loads turn stored elements into the type T that a rule computes in, stores
-// round back to nearest even. A codec moves V elements at once: 1, or a multiple of 16 bytes.
+// How a stream is stored: loads turn stored elements into the type T that a rule computes in,
+// stores round back to nearest even. A codec moves V elements at once: 1, or a multiple of 16
+// bytes.
 #pragma once
 
 #include "machine.cuh"

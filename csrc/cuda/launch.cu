@@ -12,7 +12,8 @@ const char* what_to_do(cudaError_t error) {
     case cudaErrorInsufficientDriver:
     case cudaErrorSystemDriverMismatch:
     case cudaErrorCompatNotSupportedOnDevice:
-      return "there is no NVIDIA driver, or one too old for this build (R580 or newer is needed for "
+      return "there is no NVIDIA driver, or one too old for this build (R580 or newer is needed "
+             "for "
              "CUDA 13); install one, or use backend='auto'";
     case cudaErrorNoDevice:
     case cudaErrorInvalidDevice:
@@ -82,8 +83,8 @@ struct Cuda::Device final : Machine {
   }
 
   int processors() override {
-    if (processors_ == 0 && cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount,
-                                                   number) != cudaSuccess)
+    if (processors_ == 0 &&
+        cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, number) != cudaSuccess)
       processors_ = 1;
     return processors_;
   }
@@ -101,9 +102,9 @@ struct Cuda::Device final : Machine {
     cudaFree(table->memory);
     *table = {};
     const size_t capacity = words + words / 2;
-    const Status status = status_of(cudaMalloc(&table->memory, capacity * 8),
-                                    "allocate " + std::to_string(capacity * 8) +
-                                        " bytes for the table of tensors");
+    const Status status =
+        status_of(cudaMalloc(&table->memory, capacity * 8),
+                  "allocate " + std::to_string(capacity * 8) + " bytes for the table of tensors");
     if (status.code != 0) return *table = {}, status;
     table->capacity = capacity;
     return {};
@@ -147,8 +148,7 @@ struct Cuda::Device final : Machine {
     else
       fill(table, &arguments.small);
     const Header& header = table.header;
-    if (rule != kGradSums)
-      return start(kernel_of(rule, header.dtype, large), blocks_of(header));
+    if (rule != kGradSums) return start(kernel_of(rule, header.dtype, large), blocks_of(header));
     const Status status = start(tile_sums_kernel(large), header.tiles);
     return status.code != 0 ? status : start(tensor_sums_kernel(large), header.tensor_count);
   }

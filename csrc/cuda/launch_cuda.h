@@ -30,8 +30,8 @@ struct OnDevice {
   // once it has taken it. ticket: one number that is 0 and returns to 0. Both or neither.
   uint8_t* first = nullptr;
   uint32_t* ticket = nullptr;
-  // Per row (arrays on the host): where its learning rate is; nullptr: hyper[0] of the row. dtype is
-  // f32 or f64.
+  // Per row (arrays on the host): where its learning rate is; nullptr: hyper[0] of the row. dtype
+  // is f32 or f64.
   const void* const* lr = nullptr;
   const DType* lr_dtype = nullptr;
 };

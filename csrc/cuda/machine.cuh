@@ -10,14 +10,23 @@
 
 namespace fused_momentum::cuda {
 
+// Addresses come from a table as integers: the compiler must be told what they point into.
 template <class W>
 FM_DEVICE W read(const W* at) {
+  __builtin_assume(__isGlobal(at));
   return *at;
 }
 
 template <class W>
 FM_DEVICE void write(W* at, const W& value) {
+  __builtin_assume(__isGlobal(at));
   *at = value;
+}
+
+// A number beside the tensors, such as a learning rate.
+template <class W>
+FM_DEVICE W read_scalar(uint64_t address) {
+  return read(reinterpret_cast<const W*>(address));
 }
 
 // Two floats rounded to nearest even, the first in the low half.

@@ -185,8 +185,7 @@ inline void pack(const Launch& launch, const OnDevice& on_device, const Part& pa
       entry = {tiles += uint32_t(own), int(segment.numel - (own - 1) * kTile),
                segment.tensor[0] != 0, segment.layout != nullptr,
                shape.row_words() != 0 ? uint32_t(segment.row - first_row) : 0};
-      for (int s = 0; s < shape.streams; s++)
-        words[count * (1 + s) + i] = word_of(segment.data[s]);
+      for (int s = 0; s < shape.streams; s++) words[count * (1 + s) + i] = word_of(segment.data[s]);
       if (entry.strided) words[count + i] = pack_layout(segment, shape.streams, &words);
     }
     words[i] = word_of(entry);

@@ -2,6 +2,7 @@
 // works on consecutive tiles; no thread waits for another.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "../rules.h"
@@ -19,11 +20,14 @@ struct Pass {
   static constexpr int kStreams = 2 + Rule::kStates;
   static constexpr int kRowWords = Rule::kHyper + 2;
   static constexpr int kVector = larger(larger(P::kVector, G::kVector), S::kVector);
+  static constexpr bool kAny = std::is_same_v<P, AnyCodec>;
   using Scalars = typename Rule::template Scalars<T>;
   using Streams = Tensor<kStreams>;
   static constexpr int kTileBytes = kTile * (P::kBytes + G::kBytes + Rule::kStates * S::kBytes);
-  // The memory of an H200 needs 48 KB of loads in flight on every processor.
-  static constexpr int kBlocksPerProcessor = (48 * 1024 - 1) / kTileBytes + 1;
+  // The memory of an H200 needs 48 KB of loads in flight on every processor; some blocks more hide
+  // the beginnings and ends of blocks.
+  static constexpr int kBlocksPerProcessor =
+      larger(sizeof(T) == 8 ? 2 : 6, (48 * 1024 - 1) / kTileBytes + 1);
   static_assert(Rule::kTensor == 1, "the table holds one scalar per tensor: first");
 
   struct Codecs {
@@ -47,9 +51,9 @@ struct Pass {
     for (int k = 0; k < Rule::kHyper; k++) hyper[k] = double_of(row_word(args, at + k));
     const uint64_t lr = row_word(args, at + Rule::kHyper + 1);
     if (lr & 1)
-      hyper[0] = *reinterpret_cast<const double*>(lr - 1);
+      hyper[0] = read_scalar<double>(lr - 1);
     else if (lr)
-      hyper[0] = *reinterpret_cast<const float*>(lr);
+      hyper[0] = read_scalar<float>(lr);
     double multiplier = double_of(row_word(args, at + Rule::kHyper));
     if (args.header.grad_scale) multiplier *= double(float(1.0 / double(*args.header.grad_scale)));
     return {Rule::template derive<T>(hyper, &first), T(multiplier)};
@@ -99,7 +103,8 @@ struct Pass {
       codec.p.template store<V>(tensor.data[0], place(at, 0), x[0]);
 #pragma unroll
       for (int s = 2; s < kStreams; s++)
-        if (tensor.data[s] != nullptr) codec.s.template store<V>(tensor.data[s], place(at, s), x[s]);
+        if (tensor.data[s] != nullptr)
+          codec.s.template store<V>(tensor.data[s], place(at, s), x[s]);
     }
   };
 
@@ -123,13 +128,17 @@ struct Pass {
       }
   }
 
+  // One element after the other: strides, and types that are told apart at every access.
   template <class A>
-  FM_DEVICE static void run_strided(const A& args, const Codecs& codec, const Streams& tensor,
-                                    int64_t begin, int n, int thread, const Update& update) {
+  FM_DEVICE static void run_one_by_one(const A& args, const Codecs& codec, const Streams& tensor,
+                                       int64_t begin, int n, int thread, const Update& update) {
 #pragma unroll 1
     for (int k = thread; k < n; k += kThreads) {
       int64_t offsets[kStreams];
-      find_offsets(args, tensor, begin + k, offsets);
+      if (tensor.dims != 0)
+        find_offsets(args, tensor, begin + k, offsets);
+      else
+        for (int s = 0; s < kStreams; s++) offsets[s] = begin + k;
       Elements<1> element;
       element.load(codec, tensor, offsets);
       element.update(update);
@@ -153,7 +162,7 @@ struct Pass {
       const Entry entry = entry_at(args, i);
       if (entry.tile_end != start) {
         const auto tensor = tensor_at<kStreams>(args, i, entry.strided);
-        const bool aligned = is_aligned(tensor);
+        const bool aligned = tensor.dims == 0 && is_aligned(tensor);
         const bool first = header.first ? header.first[i] != 0 : entry.first;
         const Update update = update_of(args, entry.row, first);
         const uint32_t last = entry.tile_end < end ? entry.tile_end : end;
@@ -161,11 +170,11 @@ struct Pass {
         for (; tile < last; tile++) {
           const int64_t begin = int64_t(tile - start) * kTile;
           const int n = tile + 1 == entry.tile_end ? entry.tail : kTile;
-          if (tensor.dims != 0)
-            run_strided(args, codec, tensor, begin, n, thread, update);
-          else if (aligned && n == kTile)
+          if (aligned && n == kTile)
             run_contiguous<kVector>(codec, tensor, begin, n, thread, update);
-          else
+          else if (tensor.dims != 0 || kAny)
+            run_one_by_one(args, codec, tensor, begin, n, thread, update);
+          else if constexpr (!kAny)
             run_contiguous<1>(codec, tensor, begin, n, thread, update);
         }
       }

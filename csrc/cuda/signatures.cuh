@@ -17,8 +17,7 @@ struct Signature {
   static bool matches(const DType* dtype, int states) {
     bool all = P::matches(dtype[0]) && G::matches(dtype[1]);
     all &= (sizeof(T) == 8) == (dtype[0] == DType::f64);
-    for (int s = 0; s < states; s++)
-      all &= S::matches(dtype[2 + s]) && dtype[2 + s] == dtype[2];
+    for (int s = 0; s < states; s++) all &= S::matches(dtype[2 + s]) && dtype[2 + s] == dtype[2];
     return all;
   }
 };

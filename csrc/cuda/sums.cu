@@ -17,7 +17,7 @@ __device__ __forceinline__ void halve_block(Lanes<GradSums::kSums>& lanes) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) tile_sums(const __grid_constant__ A args) {
+__global__ void __launch_bounds__(kThreads, 8) tile_sums(const __grid_constant__ A args) {
   __shared__ Lanes<GradSums::kSums> lanes;
   GradSums::gather_tile(args, blockIdx.x, threadIdx.x, lanes);
   halve_block(lanes);
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) tile_sums(const __grid_constant__ A 
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) tensor_sums(const __grid_constant__ A args) {
+__global__ void __launch_bounds__(kThreads, 8) tensor_sums(const __grid_constant__ A args) {
   __shared__ Lanes<GradSums::kSums> lanes;
   GradSums::gather_tensor(args, blockIdx.x, threadIdx.x, lanes);
   halve_block(lanes);

@@ -2,7 +2,8 @@
 // x[i] += x[i + h] for h = 512, 256, ... 1. So is each tile (zero padded); then lane j of 1024 adds
 // the sums of a tensor's tiles j, j + 1024, ... in that order to 0, and the lanes are halved.
 //
-// A block works in steps, with a barrier after each: gather, then halve with h = kThreads / 2, ... 1.
+// A block works in steps, with a barrier after each: gather, then halve with h = kThreads / 2,
+// ... 1.
 #pragma once
 
 #include "tensor.cuh"
@@ -59,8 +60,7 @@ struct Sums {
     for (int k = 0; k < kPerThread; k++) {
       const int index = thread + k * kThreads;
       double value = 0, terms[kSums];
-      if (index < span.n)
-        codec.template load<1>(span.data, offset_of(span.begin + index), &value);
+      if (index < span.n) codec.template load<1>(span.data, offset_of(span.begin + index), &value);
       Terms::terms(value, terms);
 #pragma unroll
       for (int t = 0; t < kSums; t++) x[t][k] = index < span.n ? terms[t] : 0;

@@ -37,8 +37,8 @@ constexpr uint32_t kMaxRows = 1u << 20;
 constexpr int64_t kMaxTiles = int64_t(1) << 31;  // 2^41 elements
 
 FM_HOST_DEVICE uint64_t word_of(const Entry& entry) {
-  return uint64_t(entry.tile_end) << 32 | uint64_t(entry.row) << 12 | uint64_t(entry.strided) << 11 |
-         uint64_t(entry.first) << 10 | uint64_t(entry.tail - 1);
+  return uint64_t(entry.tile_end) << 32 | uint64_t(entry.row) << 12 |
+         uint64_t(entry.strided) << 11 | uint64_t(entry.first) << 10 | uint64_t(entry.tail - 1);
 }
 
 FM_HOST_DEVICE Entry entry_of(uint64_t word) {

@@ -17,8 +17,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of csrc/launch.h
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+]  # in the order of csrc/launch.h
 GRAD_SUMS = -1
 MAX_DIMS, MAX_STREAMS = 8, 7
 
@@ -74,7 +79,9 @@ def has_compiler():
 
 def sources():
     """Every file that the shim is compiled from."""
-    return sorted(p for d in (ROOT / "csrc", HERE) for p in d.rglob("*") if p.suffix[:2] in (".h", ".c"))
+    return sorted(
+        p for d in (ROOT / "csrc", HERE) for p in d.rglob("*") if p.suffix[:2] in (".h", ".c")
+    )
 
 
 def digest(*words):
@@ -161,9 +168,9 @@ class Shim:
     def run(self, rule, tensors, *, hyper=(), multipliers=(), rows=None, first=None, **options):
         """One step of rule number ``rule`` over tensors, each a list [p, g, *states].
 
-        ``hyper``: one list of hyper-parameters per row. ``lr``: per row a tensor or None. ``first``:
-        flags known to the host, ``flags``: a tensor of them in the device's memory. ``unknown``: a
-        tensor that kernels may not touch.
+        ``hyper``: one list of hyper-parameters per row. ``lr``: per row a tensor or None.
+        ``first``: flags known to the host, ``flags``: a tensor of them in the device's memory.
+        ``unknown``: a tensor that kernels may not touch.
         Other options are those of ShimLaunch in shim.cpp; tensors are passed by address.
         """
         count = len(tensors)
@@ -172,7 +179,7 @@ class Shim:
         known = [t for streams in tensors for t in streams if t is not None]
         counts = Counts([t for t in known if t is not options.get("unknown")])
         others = Counts([options[key] for key in ("tile_sums", "sums") if key in options])
-        regions = counts.regions() + others.regions()
+        regions = sorted(counts.regions() + others.regions(), key=lambda region: region.begin)
         self.library.shim_memory((Region * len(regions))(*regions), len(regions))
         table = torch.tensor(hyper, dtype=torch.float64)
         multiplier = torch.tensor(multipliers or [1.0] * len(hyper), dtype=torch.float64)

@@ -1,7 +1,8 @@
-// The CPU in place of csrc/cuda/machine.cuh: conversions of the CPU back-end, and memory that counts
-// how often each byte is read and written.
+// The CPU in place of csrc/cuda/machine.cuh: conversions of the CPU back-end, and memory that
+// counts how often each byte is read and written.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -25,27 +26,26 @@ struct Memory {
   int64_t strays = 0;      // accesses outside all regions
   int64_t misaligned = 0;  // not at a multiple of their own size
   int64_t vectors = 0, scalars = 0;
-  Region* last = nullptr;
 
+  // Regions are sorted by address and do not overlap.
   Region* find(const char* at, int64_t bytes) {
-    const auto holds = [&](const Region& r) {
-      return at >= r.begin && at + bytes <= r.begin + r.bytes;
-    };
-    if (last && holds(*last)) return last;
-    for (Region& region : regions)
-      if (holds(region)) return last = &region;
-    return nullptr;
+    const auto behind = [](const char* address, const Region& r) { return address < r.begin; };
+    auto region = std::upper_bound(regions.begin(), regions.end(), at, behind);
+    if (region == regions.begin()) return nullptr;
+    --region;
+    return at + bytes <= region->begin + region->bytes ? &*region : nullptr;
   }
 
-  // Counts an access; returns whether it may be made.
-  bool touch(const void* address, int64_t bytes, bool written) {
+  // Counts an access of 2, 4, 8 or 16 bytes; returns whether it may be made.
+  template <class W>
+  bool touch(const void* address, bool written) {
     const char* at = static_cast<const char*>(address);
-    misaligned += reinterpret_cast<uint64_t>(at) % bytes != 0;
-    (bytes == 16 ? vectors : scalars)++;
-    Region* region = find(at, bytes);
+    misaligned += reinterpret_cast<uint64_t>(at) % sizeof(W) != 0;
+    (sizeof(W) == 16 ? vectors : scalars)++;
+    Region* region = find(at, sizeof(W));
     if (region == nullptr) return strays++, false;
     uint8_t* counts = (written ? region->writes : region->reads) + (at - region->begin);
-    for (int64_t i = 0; i < bytes; i++) counts[i] += counts[i] != 255;
+    for (size_t i = 0; i < sizeof(W); i++) counts[i]++;
     return true;
   }
 };
@@ -55,13 +55,18 @@ inline Memory memory;
 template <class W>
 W read(const W* at) {
   W value{};
-  if (memory.touch(at, sizeof(W), false)) std::memcpy(&value, at, sizeof(W));
+  if (memory.touch<W>(at, false)) std::memcpy(&value, at, sizeof(W));
   return value;
 }
 
 template <class W>
 void write(W* at, const W& value) {
-  if (memory.touch(at, sizeof(W), true)) std::memcpy(at, &value, sizeof(W));
+  if (memory.touch<W>(at, true)) std::memcpy(at, &value, sizeof(W));
+}
+
+template <class W>
+W read_scalar(uint64_t address) {
+  return *reinterpret_cast<const W*>(address);
 }
 
 inline uint32_t bf16_pair(float low, float high) {
