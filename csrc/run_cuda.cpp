@@ -24,6 +24,7 @@ void raise(const cuda::Status& status) {
 
 void Plan::run_cuda(const py::function& current_stream, const std::optional<at::Tensor>& grad_scale,
                     const std::optional<at::Tensor>& found_inf) {
+  launches_ = 0;
   std::map<int, std::vector<Segment>> by_device;
   for_each_chosen([&](int64_t position) {
     if (segments_[position].numel == 0) return;
@@ -49,7 +50,7 @@ void Plan::run_cuda(const py::function& current_stream, const std::optional<at::
     const auto stream = py::cast<intptr_t>(current_stream(index));
     int launches = 0;
     raise(cuda_device->step(launch, on_device, reinterpret_cast<void*>(stream), &launches));
-    launches_ = launches;
+    launches_ += launches;
   }
   finish();
 }

@@ -1,7 +1,7 @@
 """The CUDA kernels' source, run on the CPU: every block and thread, every access counted.
 
-No GPU takes part. What differs there is replaced by tests/shim: csrc/cuda/machine.cuh (loads, stores
-and conversions that are one instruction each) and csrc/cuda/launch.cu (calls of the CUDA runtime).
+No GPU takes part. What differs there is replaced by tests/shim: csrc/cuda/machine.cuh (loads,
+stores and conversions of one instruction each) and csrc/cuda/launch.cu (calls of the CUDA runtime).
 """
 
 import pytest
@@ -199,6 +199,15 @@ def test_any_number_of_tiles_per_block(kernels, variant, per_block):
     assert result.blocks == -(-13 // per_block)
 
 
+@rules
+@pytest.mark.parametrize("before", [2**31, 2**32 + 5 * TILE, 2**40])
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "gaps"])
+def test_elements_beyond_32_bits(kernels, rule, before, layout):
+    """The last blocks of a huge tensor, of which no more than their elements is there."""
+    tensors = make(rule, TYPES["f64"], [form_of(3 * TILE + 5, layout)])
+    check(kernels, rule, tensors, defaults(rule), before=before)
+
+
 def test_a_launch_over_nothing_is_none(kernels):
     rule = RULES["sgd"]
     check(kernels, rule, vectors(rule, [0, 0]), defaults(rule), launches=0)
@@ -347,71 +356,6 @@ def test_a_skipped_first_step_stays_the_first(kernels, variant, count):
             values = variant.hyper.values()
             reference.update(rule, *streams[:2], streams[2:], values, first=bool(is_first))
         assert_same(ours, truth)
-
-
-# --- sums ------------------------------------------------------------------------------------
-
-
-def halved(x):
-    """The sum over the last dimension by halving: x[i] += x[i + h] for h = n / 2, ... 1."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
-    return x[..., 0]
-
-
-def rows_of_tiles(x):
-    """Padded with zeros to whole tiles, one per row."""
-    return torch.nn.functional.pad(x, (0, -len(x) % TILE)).view(-1, TILE)
-
-
-def defined_sum(terms):
-    """The definition of a sum over a tensor (csrc/cuda/sums.cuh), by another way of writing it."""
-    lanes = torch.zeros(TILE, dtype=torch.float64)
-    for row in rows_of_tiles(halved(rows_of_tiles(terms))):
-        lanes = lanes + row
-    return halved(lanes)
-
-
-def sums_of(kernels, grads, **options):
-    tensors = [[g, g] for g in grads]
-    tiles = sum(-(-g.numel() // TILE) for g in grads)
-    tile_sums = torch.zeros(2 * max(tiles, 1), dtype=torch.float64)
-    sums = torch.zeros(2, len(grads), dtype=torch.float64)
-    result = kernels.run(shim.GRAD_SUMS, tensors, tile_sums=tile_sums, sums=sums, **options)
-    assert (result.code, result.strays, result.misaligned) == (0, 0, 0)
-    return sums, result
-
-
-def in_memory_order(g):
-    """The elements as the plan visits them: outermost the largest stride."""
-    order = sorted(range(g.ndim), key=lambda d: -g.stride(d))
-    return g.permute(order).flatten()
-
-
-@pytest.mark.parametrize("dtype", shim.DTYPES, ids=str)
-def test_sums_are_taken_in_the_defined_order(kernels, dtype):
-    grads = [
-        LAYOUTS[form.grad_layout](values(form.shape, dtype, i)) for i, form in enumerate(ALL_FORMS)
-    ]
-    grads = [shim.real(g) for g in grads]
-    grads.append(values((TILE * TILE + 5 * TILE + 3,), dtype, 99))  # more tiles than lanes
-    sums, result = sums_of(kernels, grads)
-    for i, g in enumerate(grads):
-        x = in_memory_order(g).double()
-        truth = torch.stack([defined_sum(x), defined_sum(x * x)])
-        assert torch.equal(bits(sums[:, i]), bits(truth)), f"tensor {i} {list(g.shape)}"
-        assert result.counts.are(g, reads=1, writes=0)
-
-
-def test_sums_do_not_depend_on_the_order_of_blocks_or_on_other_tensors(kernels):
-    grads = [values((n,), torch.float32, n) for n in (100_003, 0, 5, *range(1, 1200))]
-    grads[0] = grads[0].double().exp()
-    runs = [sums_of(kernels, grads, seed=seed, capturing=seed == 2)[0] for seed in range(3)]
-    alone = torch.cat([sums_of(kernels, [g])[0] for g in grads], 1)
-    for run in runs:
-        assert torch.equal(bits(run), bits(alone))
-    assert alone[0, 0] != grads[0].cumsum(0)[-1], "the order of the additions shows in the bits"
 
 
 # --- the checks themselves -------------------------------------------------------------------

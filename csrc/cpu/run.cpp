@@ -13,7 +13,7 @@ namespace fused_momentum {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
-constexpr int64_t kCostPerThread = 1 << 15;
+constexpr int64_t kElementsPerThread = 1 << 15;
 
 std::atomic<const cpu::Level*> chosen{nullptr};
 
@@ -40,11 +40,14 @@ void run_cpu(const Launch& launch) {
   const auto run_tiles = cpu_level()->run_tiles;
   const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
   if (tiles == 0) return;
-  int64_t cost = 0;
-  for (int64_t i = 0; i < launch.segment_count; i++)
-    if (launch.segments[i].numel != 0) cost += launch.segments[i].numel + kSegmentCost;
+  int64_t elements = 0, tensors = 0;
+  for (int64_t i = 0; i < launch.segment_count; i++) {
+    elements += launch.segments[i].numel;
+    tensors += launch.segments[i].numel != 0;
+  }
+  const int64_t cost = elements + tensors * kSegmentCost;
   const int parts =
-      int(std::clamp<int64_t>(cost / kCostPerThread, 1, int64_t(at::get_num_threads())));
+      int(std::clamp<int64_t>(elements / kElementsPerThread, 1, int64_t(at::get_num_threads())));
   if (parts == 1) return run_tiles(launch, 0, tiles);
   std::vector<int64_t> bounds(parts + 1);
   split_tiles(launch.segments, launch.tile_ends, launch.segment_count, cost, parts, bounds.data());

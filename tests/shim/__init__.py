@@ -25,7 +25,7 @@ DTYPES = [
     torch.float16,
 ]  # in the order of csrc/launch.h
 GRAD_SUMS = -1
-MAX_DIMS, MAX_STREAMS = 8, 7
+MAX_DIMS, MAX_STREAMS, TILE = 8, 7, 1024
 
 
 class Tensor(ctypes.Structure):
@@ -53,6 +53,7 @@ class Launch(ctypes.Structure):
         *((key, ctypes.c_void_p) for key in ("lr", "lr_dtype")),
         *((key, ctypes.c_int32) for key in ("capturing", "tiles_per_block", "seed")),
         *((key, ctypes.c_int32) for key in ("skip_block", "repeat_block")),
+        ("first_block", ctypes.c_int64),
         *((key, ctypes.c_void_p) for key in ("tile_sums", "sums")),
     )
 
@@ -123,6 +124,14 @@ def _describe(streams, row, first):
     return made
 
 
+def _put_before(tensor, count):
+    tensor.numel += count
+    tensor.sizes[0] += count
+    for s in range(MAX_STREAMS):
+        if tensor.data[s]:
+            tensor.data[s] -= count * tensor.strides[s][0] * DTYPES[tensor.dtype[s]].itemsize
+
+
 class Counts:
     """How often each byte of the tensors was read and written."""
 
@@ -170,12 +179,17 @@ class Shim:
 
         ``hyper``: one list of hyper-parameters per row. ``lr``: per row a tensor or None.
         ``first``: flags known to the host, ``flags``: a tensor of them in the device's memory.
-        ``unknown``: a tensor that kernels may not touch.
+        ``unknown``: a tensor that kernels may not touch. ``before``: elements that the first tensor
+        is said to have before its own; the blocks that would work on them do not run.
         Other options are those of ShimLaunch in shim.cpp; tensors are passed by address.
         """
         count = len(tensors)
         rows, first = rows or [0] * count, first or [0.0] * count
         described = (Tensor * count)(*map(_describe, tensors, rows, first))
+        before = options.pop("before", 0)
+        if before:
+            _put_before(described[0], before)
+            options |= {"tiles_per_block": 1, "first_block": before // TILE}
         known = [t for streams in tensors for t in streams if t is not None]
         counts = Counts([t for t in known if t is not options.get("unknown")])
         others = Counts([options[key] for key in ("tile_sums", "sums") if key in options])

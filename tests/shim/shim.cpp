@@ -37,6 +37,7 @@ struct ShimLaunch {
   const uint8_t* lr_dtype;
   int32_t capturing, tiles_per_block, seed;
   int32_t skip_block, repeat_block;  // -1, or a fault to make
+  int64_t first_block;               // blocks before it are left out
   double *tile_sums, *sums;
 };
 
@@ -93,18 +94,18 @@ struct Shim final : Machine {
     return {};
   }
 
-  // The numbers below `count` in an order of no order.
-  std::vector<uint32_t> shuffled(uint32_t count) {
-    std::vector<uint32_t> order(count);
-    std::iota(order.begin(), order.end(), 0);
+  // The numbers from `begin` on and below `end` in an order of no order.
+  std::vector<uint32_t> shuffled(uint32_t end, uint32_t begin = 0) {
+    std::vector<uint32_t> order(end - begin);
+    std::iota(order.begin(), order.end(), begin);
     std::shuffle(order.begin(), order.end(), random);
     return order;
   }
 
   template <class P, class A>
   void drive(const A& args) {
-    std::vector<uint32_t> blocks = shuffled(blocks_of(args.header));
-    const uint32_t grid = uint32_t(blocks.size());
+    const uint32_t grid = blocks_of(args.header);
+    std::vector<uint32_t> blocks = shuffled(grid, uint32_t(launch.first_block));
     result->blocks += grid;
     if (launch.repeat_block >= 0) blocks.push_back(launch.repeat_block);
     for (uint32_t block : blocks) {
