@@ -18,7 +18,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-CXX_FLAGS = ["-O3", "-fopenmp", "-fno-plt"]  # no -std: torch adds the one that its headers are written in
+CXX_FLAGS = ["-O3", "-fopenmp", "-fno-plt"]  # no -std: torch adds the one of its headers
 CXX_FLAGS += ["-ffp-contract=off"]  # one rounding per operation: a * b + c is never fused
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # sqrt and selects vectorise, same values
 CXX_FLAGS += ["-fvisibility=hidden"]  # no symbol of ours may meet another library's

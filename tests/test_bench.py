@@ -5,7 +5,7 @@ from itertools import groupby
 import pytest
 import torch
 
-from bench import cases, gate, memory, providers
+from bench import cases, gate, memory, providers, readme
 from bench.budget import Budget
 from bench.host import fit
 from bench.providers import BASELINES, FOR_LOOP, FUSED, OURS
@@ -135,3 +135,10 @@ def test_ratio_is_the_median_over_rounds():
 def test_fit_recovers_a_line():
     counts = [10, 100, 1000]
     assert fit(counts, [7 + 0.03 * n for n in counts]) == pytest.approx((0.03, 7.0))
+
+
+def test_the_readme_table_is_made_from_the_committed_results():
+    text = (readme.ROOT / "README.md").read_text()
+    (folder,) = {path.parent for path in readme.RESULTS.glob("amd-epyc/step.csv")}
+    assert readme.insert(text, readme.table(folder)) == text
+    assert readme.insert(text, "another table") != text
