@@ -44,7 +44,7 @@ def table(folder: Path) -> str:
     lines += [
         "",
         f"Cost of a tensor besides its elements: {float(ours['ns_per_tensor']):.0f} ns, plus "
-        f"{float(ours['intercept_us']):.1f} µs a step.",
+        f"{float(ours['intercept_us']):.1f} µs a step (at commit {ours['commit']}).",
         "",
         f"Measured by `make bench` on {where['device']}, {where['threads']} threads, torch "
         f"{where['torch']}, at commit {where['commit']} on {where['date']}; all rows in "

@@ -57,7 +57,9 @@ class FusedNAG(FusedMomentum):
     def _update(self, params: list[torch.Tensor] | None) -> bool:
         if any(group["evaluating"] for group in self.param_groups):
             raise RuntimeError("FusedNAG: step() after eval(); call train() first")
-        if not super()._update(params):
+        # A back-end may find out on the device that the step is skipped; the look-ahead of this
+        # class is kept on the host, so it has to know.
+        if self._amp().skips() or not super()._update(params):
             return False
         stepped = None if params is None else {id(p) for p in params}
         for group in self.param_groups:
