@@ -33,9 +33,20 @@ at::Tensor Batch::rows() const {
 }
 
 at::Tensor Batch::tensor_scalars() const {
-  at::Tensor table = at::empty({1, int64_t(segments.size())}, at::kDouble);
+  at::Tensor table =
+      at::zeros({rule_infos()[rule].tensor_scalars, int64_t(segments.size())}, at::kDouble);
   for (size_t i = 0; i < segments.size(); i++)
-    table.mutable_data_ptr<double>()[i] = segments[i].tensor[0];
+    table.mutable_data_ptr<double>()[i] = segments[i].first;
+  return table;
+}
+
+at::Tensor Batch::kept() const {
+  const int64_t count = int64_t(segments.size()), numbers = rule_infos()[rule].kept;
+  at::Tensor table = at::empty({numbers, count}, at::kLong);
+  for (int64_t k = 0; k < numbers; k++)
+    for (int64_t i = 0; i < count; i++)
+      table.mutable_data_ptr<int64_t>()[k * count + i] =
+          int64_t(reinterpret_cast<intptr_t>(segments[i].kept[k]));
   return table;
 }
 

@@ -6,25 +6,11 @@
 
 #include "cpu/run.h"
 #include "plan.h"
-#include "rules.h"
+#include "rule_info.h"
 #include "tiles.h"
 
 namespace fused_momentum {
 namespace {
-
-struct RuleInfo {
-  std::string name;
-  int hyper, tensor_scalars, states, sums;
-};
-
-std::vector<RuleInfo> rules() {
-  std::vector<RuleInfo> table;
-  for_each_rule([&](auto rule) {
-    using R = decltype(rule);
-    table.push_back({R::name, R::kHyper, R::kTensor, R::kStates, R::kSums});
-  });
-  return table;
-}
 
 // One launch over lists of tensors: streams[0] the parameters, streams[1] the gradients, then the
 // states; a state without tensors is absent. `first` holds one value per tensor.
@@ -41,7 +27,7 @@ void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
       tensors.push_back(stream.empty() ? at::Tensor() : stream.at(i));
     tensors[1] = tensors[1].resolve_conj().resolve_neg();
     describe("params[" + std::to_string(i) + "]", tensors, &segments[i], &layouts[i]);
-    segments[i].tensor[0] = first.at(i);
+    segments[i].first = first.at(i) != 0;
   }
   count_tiles(segments, &tile_ends);
   if (count == 0) return;
@@ -110,8 +96,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("hyper", &RuleInfo::hyper)
       .def_readonly("tensor_scalars", &RuleInfo::tensor_scalars)
       .def_readonly("states", &RuleInfo::states)
-      .def_readonly("sums", &RuleInfo::sums);
-  m.def("rules", &rules);
+      .def_readonly("kept", &RuleInfo::kept)
+      .def_readonly("sums", &RuleInfo::sums)
+      .def_readonly("settles", &RuleInfo::settles)
+      .def_property_readonly("kept_itemsize",
+                             [](const RuleInfo& info) { return itemsize_of(info.kept_dtype); });
+  m.def("rules", &rule_infos);
   m.def("run_tensors", &run_tensors);
   m.def("cpu_levels", &cpu_levels);
   m.def("cpu_level", [] { return std::string(cpu_level()->name); });
@@ -126,14 +116,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("numels", &Batch::numels)
       .def_property_readonly("rows", &Batch::rows)
       .def_property_readonly("tensor_scalars", &Batch::tensor_scalars)
+      .def_property_readonly("kept", &Batch::kept)
       .def_property_readonly("layouts", &Batch::layouts);
   py::class_<Plan> plan(m, "Plan");
   py::class_<Plan::Todo>(plan, "Todo")
       .def_readonly("missing", &Plan::Todo::missing)
       .def_readonly("devices", &Plan::Todo::devices);
-  plan.def(py::init<int, std::vector<std::string>, std::vector<StateKey>, std::string>())
+  plan.def(py::init<int, std::vector<std::string>, std::vector<std::vector<std::string>>,
+                    std::vector<StateKey>, std::string>())
       .def("read", &Plan::read)
+      .def("read_rows_with", &Plan::read_rows_with)
+      .def("measures", &Plan::measures)
+      .def("unsettled", &Plan::unsettled)
+      .def("settle", &Plan::settle)
+      .def("kept", &Plan::kept)
+      .def("measure", &Plan::measure)
       .def("run", &Plan::run)
+      .def("measure_cuda", &Plan::measure_cuda)
       .def("run_cuda", &Plan::run_cuda)
       .def_property_readonly("launches", &Plan::launches)
       .def("batches", &Plan::batches)

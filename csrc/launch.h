@@ -14,7 +14,7 @@ constexpr int itemsize_of(DType dtype) {
 
 constexpr int kMaxStates = 5;
 constexpr int kMaxStreams = 2 + kMaxStates;  // p, g, states
-constexpr int kMaxTensorScalars = 8;
+constexpr int kMaxKept = 3;
 
 // Elements in a tile: the unit in which work is dealt out, and in which per-tensor sums are taken.
 constexpr int kTile = 1024;
@@ -28,15 +28,17 @@ struct Layout {
   int64_t strides[kMaxStreams][kMaxDims];
 };
 
-// One tensor of a launch: its streams p, g, states. A stream without data is absent (a rule with
-// momentum 0 keeps no buffer): it reads as zero and is not written.
+// One tensor of a launch: its streams p, g, states, and the numbers kept for it. A stream without
+// data is absent (a rule with momentum 0 keeps no buffer): it reads as zero and is not written; an
+// absent number reads as what it begins with.
 struct Segment {
   void* data[kMaxStreams] = {};
+  void* kept[kMaxKept] = {};  // of the rule's type Kept
   int64_t numel = 0;
   const Layout* layout = nullptr;  // nullptr: every stream is contiguous
   int32_t row = 0;                 // which row of the hyper-parameter table
   DType dtype[kMaxStreams] = {};
-  double tensor[1] = {0};  // per-tensor scalars: first
+  bool first = false;  // it takes its first step
 };
 
 struct Launch {
@@ -47,6 +49,9 @@ struct Launch {
   const double* hyper = nullptr;  // rows x the rule's kHyper
   int hyper_stride = 0;
   const double* grad_multiplier = nullptr;  // per row: -1 where maximize, times 1 / loss scale
+  // The rule's kTensor scalars of segment i begin at i * kTensor, on the CPU: what a measuring pass
+  // has found. nullptr: `first` of the segment, then zeros.
+  const double* tensor_scalars = nullptr;
 };
 
 }  // namespace fused_momentum

@@ -5,9 +5,6 @@
 
 #include <algorithm>
 
-#include "cpu/run.h"
-#include "tiles.h"
-
 namespace fused_momentum {
 namespace {
 
@@ -39,24 +36,6 @@ inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written)
   return static_cast<char*>(data) + impl->storage_offset() * itemsize;
 }
 
-double number_of(PyObject* value, PyObject* key) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
-  const double number = PyFloat_AsDouble(value);
-  if (number == -1.0 && PyErr_Occurred()) {
-    PyErr_Clear();
-    TORCH_CHECK_TYPE(false, "param_groups: ", py::cast<std::string>(py::handle(key)), " is a ",
-                     Py_TYPE(value)->tp_name, "; needed: a number or a tensor with one element");
-  }
-  return number;
-}
-
-double read_number(PyObject* dict, const py::object& key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key.ptr());
-  TORCH_CHECK(value != nullptr, "param_groups: key '", py::cast<std::string>(key), "' is missing");
-  return number_of(value, key.ptr());
-}
-
 // Keys are interned, as those in the dicts are: a look-up then compares addresses, not letters.
 py::object interned(const std::string& name) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str()));
@@ -64,14 +43,19 @@ py::object interned(const std::string& name) {
 
 }  // namespace
 
-Plan::Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys,
+Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
+           const std::vector<std::vector<std::string>>& choices, std::vector<StateKey> state_keys,
            const std::string& device_type)
     : rule_(rule),
+      info_(rule_infos().at(rule)),
       device_type_(at::Device(device_type).type()),
+      choices_(choices),
       state_keys_(std::move(state_keys)),
       params_key_(interned("params")),
       maximize_key_(interned("maximize")),
-      capturable_key_(interned("capturable")) {
+      capturable_key_(interned("capturable")),
+      step_key_(interned("step")),
+      read_row_(py::none()) {
   for (const std::string& key : hyper_keys) hyper_keys_.push_back(interned(key));
   for (const StateKey& key : state_keys_) state_names_.push_back(interned(key.name));
 }
@@ -119,39 +103,9 @@ void Plan::read_groups(const py::list& groups) {
   segments_.shrink_to_fit();
   position_of_.shrink_to_fit();
   states_.assign(entries_.size() * state_keys_.size(), py::object());
+  steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
   layouts_.clear();
-  layouts_.resize(entries_.size());
   tiles_changed_ = true;
-}
-
-void Plan::read_hyper(double grad_multiplier) {
-  hyper_.clear();
-  grad_multiplier_.clear();
-  lr_.assign(groups_.size(), nullptr);
-  lr_dtype_.assign(groups_.size(), DType::f32);
-  for (size_t row = 0; row < groups_.size(); row++) {
-    PyObject* dict = groups_[row].dict.ptr();
-    for (size_t k = 0; k < hyper_keys_.size(); k++) {
-      const bool on_device = k == 0 && read_device_lr(dict, row);
-      hyper_.push_back(on_device ? 0.0 : read_number(dict, hyper_keys_[k]));
-    }
-    const bool maximize = read_number(dict, maximize_key_) != 0;
-    grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
-  }
-}
-
-// A learning rate that is a tensor on the device stays there in a capturable group: reading it here
-// would wait for the device, and freeze its value in a captured graph.
-bool Plan::read_device_lr(PyObject* dict, size_t row) {
-  if (!keeps_lr_) return false;
-  PyObject* value = PyDict_GetItemWithError(dict, hyper_keys_[0].ptr());
-  if (value == nullptr || !THPVariable_Check(value)) return false;
-  const at::Tensor& lr = THPVariable_Unpack(value);
-  const bool number = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
-  if (!lr.is_cuda() || !number || read_number(dict, capturable_key_) == 0) return false;
-  lr_[row] = lr.const_data_ptr();
-  lr_dtype_[row] = lr.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
-  return true;
 }
 
 void Plan::read_state(const py::dict& state) {
@@ -179,19 +133,22 @@ int64_t Plan::find(PyObject* param) const {
   return found != position_of_.end() && found->first == param ? found->second : -1;
 }
 
-bool Plan::needs(const StateKey& key, int row) const {
-  return key.when < 0 || hyper_[row * hyper_keys_.size() + key.when] != 0;
+int Plan::group_of(int64_t position) const {
+  const auto after =
+      std::upper_bound(groups_.begin(), groups_.end(), position,
+                       [](int64_t position, const Group& group) { return position < group.begin; });
+  return int(after - groups_.begin()) - 1;
 }
 
 std::string Plan::name_of(int64_t position) const {
-  const int row = segments_[position].row;
-  return "param_groups[" + std::to_string(row) + "]['params'][" +
-         std::to_string(position - groups_[row].begin) + "]";
+  const int group = group_of(position);
+  return "param_groups[" + std::to_string(group) + "]['params'][" +
+         std::to_string(position - groups_[group].begin) + "]";
 }
 
 // The tensor takes no part in this step: it has no tiles.
 void Plan::sit_out(int64_t position) {
-  entries_[position].grad_key = 0;
+  entries_[position].key = 0;
   if (segments_[position].numel == 0) return;
   segments_[position].numel = 0;
   tiles_changed_ = true;
@@ -203,6 +160,30 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
   if (std::find(left_.begin(), left_.end(), type) == left_.end() &&
       std::find(todo->devices.begin(), todo->devices.end(), name) == todo->devices.end())
     todo->devices.push_back(name);
+}
+
+// Looks up what the tensor keeps under key k; returns whether all that is needed is there.
+bool Plan::find_state(int64_t position, size_t k, bool* changed) {
+  const Entry& entry = entries_[position];
+  const Segment& segment = segments_[position];
+  const bool needed = needs(state_keys_[k], segment.row);
+  PyObject* found = nullptr;
+  if (needed && entry.state != nullptr)
+    found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
+  if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
+  py::object& known = states_[position * state_keys_.size() + k];
+  if (found != known.ptr()) {
+    known = py::reinterpret_borrow<py::object>(found);
+    *changed = true;
+  }
+  const bool is_state = int(k) < info_.states;
+  const void* before = is_state ? segment.data[2 + k] : segment.kept[k - info_.states];
+  if (found != nullptr && !*changed && before != nullptr) {
+    const int itemsize = is_state ? entry.itemsize[2 + k] : itemsize_of(info_.kept_dtype);
+    *changed =
+        address_of(THPVariable_Unpack(found).unsafeGetTensorImpl(), itemsize, true) != before;
+  }
+  return !needed || found != nullptr;
 }
 
 // Brings one tensor up to date. Returns whether it takes part in this step.
@@ -219,32 +200,16 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
   const bool lazy = given.is_conj() || given.is_neg();
   if (lazy) resolved_.push_back(given.resolve_conj().resolve_neg());
   const at::Tensor& grad = lazy ? resolved_.back() : given;
-  const uint64_t param_key = key_of(param), grad_key = key_of(grad);
-  bool changed = param_key != entry.param_key || grad_key != entry.grad_key;
+  const uint64_t key = (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 1;
+  bool changed = key != entry.key;
   bool has_states = true;
-  for (size_t k = 0; k < state_keys_.size(); k++) {
-    PyObject* found = nullptr;
-    if (needs(state_keys_[k], segment.row)) {
-      if (entry.state != nullptr)
-        found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
-      if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-      has_states &= found != nullptr;
-    }
-    py::object& known = states_[position * state_keys_.size() + k];
-    if (found != known.ptr()) {
-      known = py::reinterpret_borrow<py::object>(found);
-      changed = true;
-    }
-    if (found != nullptr && !changed && segment.data[2 + k] != nullptr)
-      changed = address_of(THPVariable_Unpack(found).unsafeGetTensorImpl(), entry.itemsize[2 + k],
-                           true) != segment.data[2 + k];
-  }
+  if (!read_row_.is_none()) segment.row = row_of(position, &has_states);
+  for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k, &changed);
   const void* before = segment.data[0];
   if (changed) {
-    entry.param_key = 0;
+    entry.key = 0;
     prepare(position, param, grad);
-    entry.param_key = param_key;
-    entry.grad_key = grad_key;
+    entry.key = key;
   } else if (segment.numel != 0) {
     segment.data[0] = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
     segment.data[1] = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
@@ -256,15 +221,37 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
 
 void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {
   std::vector<at::Tensor> streams{param, grad};
-  for (size_t k = 0; k < state_keys_.size(); k++) {
+  for (int k = 0; k < info_.states; k++) {
     const py::object& state = states_[position * state_keys_.size() + k];
     streams.push_back(state ? THPVariable_Unpack(state.ptr()) : at::Tensor());
   }
   for (size_t s = 0; s < streams.size(); s++)
     entries_[position].itemsize[s] = streams[s].defined() ? uint8_t(streams[s].itemsize()) : 0;
   const int64_t numel = segments_[position].numel;
-  describe(name_of(position), streams, &segments_[position], &layouts_[position]);
+  std::unique_ptr<Layout> layout;
+  describe(name_of(position), streams, &segments_[position], &layout);
+  layouts_.erase(position);
+  if (layout) layouts_[position] = std::move(layout);
   tiles_changed_ |= numel != segments_[position].numel;
+  prepare_kept(position, param);
+}
+
+void Plan::prepare_kept(int64_t position, const at::Tensor& param) {
+  entries_[position].settled = false;
+  for (int k = 0; k < info_.kept; k++) {
+    const size_t key = info_.states + k;
+    const py::object& found = states_[position * state_keys_.size() + key];
+    void*& at = segments_[position].kept[k];
+    at = nullptr;
+    if (!found) continue;
+    const at::Tensor& number = THPVariable_Unpack(found.ptr());
+    const auto dtype = info_.kept_dtype == DType::f64 ? at::kDouble : at::kFloat;
+    TORCH_CHECK_TYPE(
+        number.numel() == 1 && number.scalar_type() == dtype && number.device() == param.device(),
+        name_of(position), ": its state '", state_keys_[key].name, "' must be a ", dtype,
+        " tensor of one element on ", param.device());
+    at = number.mutable_data_ptr();
+  }
 }
 
 std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
@@ -287,7 +274,8 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   if (groups_changed(groups)) read_groups(groups);
   read_hyper(grad_multiplier);
   read_state(state);
-  for (int64_t position : first) segments_[position].tensor[0] = 1;
+  tensor_scalars_.clear();
+  for (int64_t position : first) segments_[position].first = true;
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   Todo todo;
@@ -296,81 +284,8 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   return todo;
 }
 
-void Plan::run() {
-  if (all_) {
-    if (tiles_changed_) count_tiles(segments_, &tile_ends_);
-    tiles_changed_ = false;
-    launch_cpu(segments_, tile_ends_);
-  } else {
-    std::vector<Segment> segments;
-    std::vector<int64_t> tile_ends;
-    for (int64_t position : chosen_) segments.push_back(segments_[position]);
-    count_tiles(segments, &tile_ends);
-    launch_cpu(segments, tile_ends);
-  }
-  finish();
-}
-
-void Plan::finish() {
-  for_each_chosen([&](int64_t position) { finish(position); });
-}
-
-std::vector<Batch> Plan::batches() const {
-  std::vector<Batch> batches;
-  for_each_chosen([&](int64_t position) {
-    const Segment& segment = segments_[position];
-    if (segment.numel == 0) return;
-    const at::Device device = THPVariable_Unpack(entries_[position].param.ptr()).device();
-    const std::vector<DType> dtypes(segment.dtype, segment.dtype + 2 + state_keys_.size());
-    auto batch = std::find_if(batches.begin(), batches.end(), [&](const Batch& b) {
-      return b.device == device && b.dtypes == dtypes;
-    });
-    if (batch == batches.end()) batch = batches.insert(batch, Batch{device, dtypes, {}});
-    batch->segments.push_back(segment);
-  });
-  return batches;
-}
-
-at::Tensor Plan::hyper() const {
-  const int64_t rows = int64_t(groups_.size()), columns = int64_t(hyper_keys_.size());
-  at::Tensor table = at::empty({rows, columns + 1}, at::kDouble);
-  for (int64_t r = 0; r < rows; r++) {
-    double* row = table.mutable_data_ptr<double>() + r * (columns + 1);
-    std::copy_n(hyper_.data() + r * columns, columns, row);
-    row[columns] = grad_multiplier_[r];
-  }
-  return table;
-}
-
-Launch Plan::describe_launch(const std::vector<Segment>& segments,
-                             const std::vector<int64_t>& tile_ends) const {
-  Launch launch;
-  launch.rule = rule_;
-  launch.segments = segments.data();
-  launch.tile_ends = tile_ends.data();
-  launch.segment_count = int64_t(segments.size());
-  launch.hyper = hyper_.data();
-  launch.hyper_stride = int(hyper_keys_.size());
-  launch.grad_multiplier = grad_multiplier_.data();
-  return launch;
-}
-
-void Plan::launch_cpu(const std::vector<Segment>& segments,
-                      const std::vector<int64_t>& tile_ends) const {
-  if (segments.empty()) return;
-  py::gil_scoped_release without_gil;
-  run_cpu(describe_launch(segments, tile_ends));
-}
-
-void Plan::finish(int64_t position) {
-  if (entries_[position].grad_key == 0) return;
-  const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
-  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  segments_[position].tensor[0] = 0;
-}
-
 std::pair<py::object, int> Plan::at(int64_t position) const {
-  return {entries_.at(position).param, segments_.at(position).row};
+  return {entries_.at(position).param, group_of(position)};
 }
 
 int64_t Plan::bytes() const {
@@ -378,10 +293,9 @@ int64_t Plan::bytes() const {
     return int64_t(list.capacity() * sizeof(*list.data()));
   };
   int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(segments_) +
-                  bytes_of(layouts_) + bytes_of(tile_ends_) + bytes_of(state_items_) +
-                  bytes_of(position_of_);
-  for (const auto& layout : layouts_)
-    if (layout) total += sizeof(Layout);
+                  bytes_of(tile_ends_) + bytes_of(state_items_) + bytes_of(position_of_) +
+                  bytes_of(steps_) + bytes_of(tensor_scalars_) + bytes_of(tile_sums_);
+  total += int64_t(layouts_.size()) * (sizeof(Layout) + 64);  // and a node of the map
   return total;
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "rule_info.h"
 
 #ifdef FUSED_MOMENTUM_CUDA
 #include "cuda/launch_cuda.h"
@@ -20,6 +21,7 @@
 
 namespace fused_momentum {
 
+// What is kept per parameter under a name: a state, or a number.
 struct StateKey {
   std::string name;
   int when;  // index of the hyper-parameter that must not be zero, or -1
@@ -30,20 +32,24 @@ struct StateKey {
 struct Batch {
   at::Device device;
   std::vector<DType> dtypes;
+  int rule;
   std::vector<Segment> segments;
 
   at::Tensor addresses() const;       // int64 [streams, n], 0 where a state is absent
   at::Tensor numels() const;          // int64 [n]
   at::Tensor rows() const;            // int64 [n], in the table of hyper-parameters
-  at::Tensor tensor_scalars() const;  // float64 [1, n]
+  at::Tensor tensor_scalars() const;  // float64 [k, n]: whether it is the first step, then zeros
+  at::Tensor kept() const;            // int64 [k, n], 0 where a number is absent
   // int64 [n, 1 + streams, dims]: sizes and each stream's strides, outermost first; 0: contiguous.
   std::optional<at::Tensor> layouts() const;
 };
 
 class Plan {
  public:
-  // Works on the tensors of one kind of device.
-  Plan(int rule, const std::vector<std::string>& hyper_keys, std::vector<StateKey> state_keys,
+  // Works on the tensors of one kind of device. choices: per hyper-parameter, the words that it may
+  // have for a value. state_keys: states, then kept numbers, in the rule's order.
+  Plan(int rule, const std::vector<std::string>& hyper_keys,
+       const std::vector<std::vector<std::string>>& choices, std::vector<StateKey> state_keys,
        const std::string& device_type);
 
   // What must be done before a step can be: make states for the tensors at these positions, or find
@@ -60,11 +66,24 @@ class Plan {
                            const std::optional<py::list>& subset, double grad_multiplier,
                            const std::vector<int64_t>& first);
 
+  // Whether a tensor of this step may have something to measure; the positions of those that may,
+  // where that depends on kept numbers; those that are known to be settled now.
+  bool measures() const;
+  std::vector<int64_t> unsettled() const;
+  void settle(const std::vector<int64_t>& positions);
+  // The kept numbers of a tensor (None: absent), and its hyper-parameters.
+  std::pair<py::list, std::vector<double>> kept(int64_t position) const;
+
+  // The measuring pass, on the CPU; `updates`: the step follows.
+  void measure(bool updates);
   // The step itself, on the CPU.
   void run();
 
-  // The step itself, on CUDA devices: one kernel per device and set of types, on the stream that
+  // The same on CUDA devices: one kernel per device and set of types, on the stream that
   // current_stream(device index) names. grad_scale and found_inf are read there.
+  void measure_cuda(const py::function& current_stream, bool updates,
+                    const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf);
   void run_cuda(const py::function& current_stream, const std::optional<at::Tensor>& grad_scale,
                 const std::optional<at::Tensor>& found_inf);
   // How many kernels the last step launched.
@@ -74,8 +93,12 @@ class Plan {
   std::vector<Batch> batches() const;
   void finish();
 
-  // float64 [rows, hyper-parameters + 1]: each group's, then its gradient multiplier.
+  // float64 [rows, hyper-parameters + 1]; last the gradient multiplier.
   at::Tensor hyper() const;
+
+  // The rule depends on the number of a tensor's step: read(group, t) returns its hyper-parameters,
+  // and state[p]["step"] counts.
+  void read_rows_with(const py::function& read) { read_row_ = read; }
 
   // The back-end reads learning rates of capturable groups on the device.
   void keep_lr_on_device() { keeps_lr_ = true; }
@@ -99,9 +122,14 @@ class Plan {
   };
   struct Entry {
     py::object param;
-    PyObject* state = nullptr;             // state[param], owned by the optimizer's dict
-    uint64_t param_key = 0, grad_key = 0;  // 0: takes no part
+    PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
+    uint64_t key = 0;           // of the parameter and its gradient; 0: takes no part
     uint8_t itemsize[kMaxStreams] = {};
+    bool settled = false;
+  };
+  struct Row {
+    int group;
+    int64_t t;
   };
 
   bool groups_changed(const py::list& groups) const;
@@ -109,16 +137,20 @@ class Plan {
   void read_hyper(double grad_multiplier);
   bool read_device_lr(PyObject* dict, size_t row);
   void read_state(const py::dict& state);
+  int row_of(int64_t position, bool* has_states);
   bool read_entry(int64_t position, Todo* todo);
+  bool find_state(int64_t position, size_t k, bool* changed);
   void sit_out(int64_t position);
   void meet(at::DeviceType type, Todo* todo) const;
   void prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad);
+  void prepare_kept(int64_t position, const at::Tensor& param);
+  int group_of(int64_t position) const;
   int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;
   bool needs(const StateKey& key, int row) const;
   std::vector<int64_t> positions_of(const py::list& subset) const;
-  void launch_cpu(const std::vector<Segment>& segments,
-                  const std::vector<int64_t>& tile_ends) const;
+  template <class F>
+  void with_launch(F&& f);
   Launch describe_launch(const std::vector<Segment>& segments,
                          const std::vector<int64_t>& tile_ends) const;
   void finish(int64_t position);
@@ -126,18 +158,22 @@ class Plan {
   void for_each_chosen(F&& f) const;
 
   const int rule_;
+  const RuleInfo& info_;
   const at::DeviceType device_type_;
   std::vector<at::DeviceType> left_;
   bool all_ = true;              // this step is over all tensors,
   std::vector<int64_t> chosen_;  // or over these
   std::vector<py::object> hyper_keys_;
+  std::vector<std::vector<std::string>> choices_;
   const std::vector<StateKey> state_keys_;
   std::vector<py::object> state_names_;
-  const py::object params_key_, maximize_key_, capturable_key_;
+  const py::object params_key_, maximize_key_, capturable_key_, step_key_;
+  py::object read_row_;  // None: the rows are the groups
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
   std::vector<py::object> states_;  // entries x state_keys: the tensors the segments point into
+  std::vector<py::object> steps_;   // per entry, where steps are counted
   std::vector<std::pair<PyObject*, int64_t>> position_of_;  // sorted by address
   std::vector<std::pair<PyObject*, PyObject*>> state_items_;
 
@@ -145,11 +181,15 @@ class Plan {
   std::deque<at::Tensor> resolved_;
 
   std::vector<Segment> segments_;
-  std::vector<std::unique_ptr<Layout>> layouts_;
+  std::map<int64_t, std::unique_ptr<Layout>> layouts_;  // by position
   std::vector<int64_t> tile_ends_;
   bool tiles_changed_ = true;
   int64_t moves_ = 0;
+  std::vector<Row> rows_;
   std::vector<double> hyper_, grad_multiplier_;
+  double multiplier_ = 1;
+  // What the measuring pass of this step has found, per segment; empty: there was none.
+  std::vector<double> tensor_scalars_, tile_sums_;
   // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
   std::vector<const void*> lr_;
   std::vector<DType> lr_dtype_;
@@ -157,6 +197,7 @@ class Plan {
   int launches_ = 0;
 #ifdef FUSED_MOMENTUM_CUDA
   std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;
+  std::map<int, at::Tensor> cuda_scalars_;  // as tensor_scalars_, by device
 #endif
 };
 

@@ -67,6 +67,11 @@ int cuda_devices() {
 
 namespace fused_momentum {
 
+void Plan::measure_cuda(const py::function&, bool, const std::optional<at::Tensor>&,
+                        const std::optional<at::Tensor>&) {
+  TORCH_CHECK(false, "backend='cuda': this build has no CUDA kernels");
+}
+
 void Plan::run_cuda(const py::function&, const std::optional<at::Tensor>&,
                     const std::optional<at::Tensor>&) {
   TORCH_CHECK(false, "backend='cuda': this build has no CUDA kernels");

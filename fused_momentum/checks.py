@@ -53,14 +53,19 @@ def check_param(name: str, param: object) -> None:
         )
 
 
-def number_of(group: dict, key: str) -> float:
-    """The value of a hyper-parameter; as csrc/plan.cpp."""
+def number_of(group: dict, key: str, choices: tuple[str, ...] = ()) -> float:
+    """The value of a hyper-parameter, or the number of its choice; as csrc/plan.cpp."""
+    value = group[key]
+    if choices:
+        if value not in choices:
+            raise ValueError(f"param_groups: {key}={value!r} is not one of {list(choices)}")
+        return float(choices.index(value))
     try:
-        if isinstance(group[key], str):
+        if isinstance(value, str):
             raise TypeError
-        return float(group[key])
+        return float(value)
     except (TypeError, ValueError) as error:
-        kind = type(group[key]).__name__
         raise TypeError(
-            f"param_groups: {key} is a {kind}; needed: a number or a tensor with one element"
+            f"param_groups: {key} is a {type(value).__name__}; needed: a number or a tensor with "
+            "one element"
         ) from error

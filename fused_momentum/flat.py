@@ -18,14 +18,18 @@ Shapes = Sequence[tuple[Sequence[int], Sequence[int]]]  # (size, stride) of each
 
 
 def allocate(
-    shapes: Shapes, dtype: torch.dtype, device: torch.device | str | None, own_storage: bool
+    shapes: Shapes,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    own_storage: bool,
+    alignment: int = ALIGNMENT,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return a new flat buffer of zeros, and one tensor per ``(size, stride)`` in it.
 
     They are views of the buffer; with ``own_storage`` each has a storage of its own, a slice of the
     buffer's, so that saving, pickling or copying one of them does not drag the others along.
     """
-    alignment = ALIGNMENT // dtype.itemsize
+    alignment = max(alignment // dtype.itemsize, 1)
     starts, total = [], 0
     for size, _ in shapes:
         starts.append(total)
@@ -46,6 +50,15 @@ def slice_of(
     end = start + torch.Size(size).numel()
     storage = buffer.untyped_storage()[start * itemsize : end * itemsize]
     return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(storage, 0, size, stride)
+
+
+def numbers(
+    count: int, dtype: torch.dtype, device: torch.device | str | None, value: float
+) -> list[torch.Tensor]:
+    """Return 0-dim tensors of a value, side by side in one flat buffer, each with own storage."""
+    buffer, tensors = allocate([((), ())] * count, dtype, device, own_storage=True, alignment=0)
+    buffer.fill_(value)
+    return tensors
 
 
 def zeros_like(

@@ -1,9 +1,9 @@
 """Functional ops over lists of tensors, registered with torch.
 
-Every rule of the table has an op that works in place, ``fm.ops.<rule>_(params, grads, *states,
-...)``, and one that returns new tensors, ``fm.ops.<rule>(...)``. The tensors may be slices
-``flat[start:end]`` of flat buffers: nothing is copied, so a caller can run the optimizer layer by
-layer.
+A rule whose step is one elementwise pass has an op that works in place, ``fm.ops.<rule>_(params,
+grads, *states, ...)``, and one that returns new tensors, ``fm.ops.<rule>(...)``. The tensors may be
+slices ``flat[start:end]`` of flat buffers: nothing is copied, so a caller can run the optimizer
+layer by layer.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def _function(rule: Rule, name: str) -> Callable:
     return function
 
 
-for _rule in RULES.values():
+# A rule with numbers per tensor, or that counts steps, needs an optimizer to keep them.
+_RULES = [rule for rule in RULES.values() if not (rule.kept or rule.read)]
+for _rule in _RULES:
     globals()[f"{_rule.name}_"], globals()[_rule.name] = _register(_rule)
 
-__all__ = [name for rule in RULES for name in (rule, f"{rule}_")]
+__all__ = [name for rule in _RULES for name in (rule.name, f"{rule.name}_")]

@@ -1,4 +1,4 @@
-"""What one step works on: which back-end takes which tensors, and the states they need.
+"""One step: which back-end takes which tensors, the states they need, what runs in which order.
 
 The walk over parameters, gradients and states is the extension's (``csrc/plan.cpp``), cached from
 step to step; the reference, and Triton where there is no extension, walk in Python (``walk.py``).
@@ -7,41 +7,17 @@ step to step; the reference, and Triton where there is no extension, walk in Pyt
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from . import flat, native, reference
+from . import native
 from .backends import choose
-from .rules import Rule
-from .walk import Walk, needed_states
-
-
-def state_dtype(param: torch.Tensor, requested: torch.dtype | None) -> torch.dtype:
-    """The type of a parameter's states: float32 by default, float64 over float64."""
-    if param.is_complex():
-        return param.dtype
-    return requested or reference.compute_dtype(param)
-
-
-def make_states(
-    rule: Rule,
-    tensors: Sequence[tuple[torch.Tensor, dict]],
-    state: dict,
-    dtype: torch.dtype | None,
-) -> None:
-    """Add the states that these (parameter, group) lack to ``state``: zeros in new flat buffers."""
-    missing = [
-        (param, name)
-        for param, group in tensors
-        for name in needed_states(rule, group)
-        if name not in state.get(param, ())
-    ]
-    params = [param for param, _ in missing]
-    made = flat.zeros_like(params, [state_dtype(p, dtype) for p in params], own_storage=True)
-    for (param, name), tensor in zip(missing, made, strict=True):
-        state.setdefault(param, {})[name] = tensor
+from .rules import Rule, State
+from .states import STEP, make_states
+from .walk import Walk, hyper_of, needed
 
 
 class Amp(NamedTuple):
@@ -61,36 +37,102 @@ class Amp(NamedTuple):
         return ctypes.c_float(1.0 / self.grad_scale.item()).value
 
 
-def _launcher(name: str, rule: Rule) -> Callable[[Any, Amp], None] | None:
-    """What runs a walk's step on a back-end that Python launches; None where the walk does."""
-    if name == "cuda":
-        return _launch_cuda
-    if name != "triton":
-        return None
-    from . import kernels
+class Watch:
+    """Finds out, without waiting for a device, which tensors have nothing left to measure."""
 
-    launcher = kernels.Launcher(rule)
+    def __init__(self, rule: Rule, walk: Any):
+        self._rule, self._walk = rule, walk
+        # Numbers on their way to the host: (arrived, positions, hyper-parameters, numbers).
+        self._asked: tuple[torch.cuda.Event | None, list, list, torch.Tensor] | None = None
 
-    def launch(walk: Any, amp: Amp) -> None:
-        launcher.run(walk.batches(), walk.hyper(), amp.grad_scale, amp.found_inf)
+    def measures(self) -> bool:
+        """Whether a tensor of this step may have something to measure, as far as is known."""
+        if self._asked is not None and (self._asked[0] is None or self._asked[0].query()):
+            _, positions, hyper, numbers = self._asked
+            self._asked = None
+            settled = self._rule.measure.settled
+            rows = zip(positions, hyper, numbers.tolist(), strict=True)
+            self._walk.settle([k for k, h, kept in rows if settled(*h, *kept)])
+        return self._walk.measures()
+
+    @torch.no_grad()
+    def ask(self) -> None:
+        """Have the kept numbers, which a measuring step is about to write, sent to the host."""
+        positions = self._walk.unsettled()
+        kept, hyper = zip(*map(self._walk.kept, positions), strict=True)
+        device = next(tensor.device for tensor in kept[0] if tensor is not None)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # what is captured runs later, and at every replay
+        columns = []
+        for k, number in enumerate(self._rule.kept):
+            given = [row[k] for row in kept]
+            initial = torch.full((), number.initial, dtype=torch.float64, device=device)
+            columns.append(torch.stack([initial if t is None else t.double() for t in given]))
+        numbers, arrived = torch.stack(columns, 1), None
+        if device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._asked = (arrived, positions, list(hyper), numbers)
+
+
+class _Walked:
+    """The passes of a walk that runs them itself, on the CPU."""
+
+    def measure(self, walk: Any, updates: bool, amp: Amp) -> None:
+        walk.measure(updates)
+
+    def run(self, walk: Any, amp: Amp) -> None:
+        walk.run()
+
+
+class _Cuda:
+    """The passes on the CUDA kernels, on torch's current streams."""
+
+    def measure(self, walk: Any, updates: bool, amp: Amp) -> None:
+        stream = torch._C._cuda_getCurrentRawStream
+        walk.measure_cuda(stream, updates, amp.grad_scale, amp.found_inf)
+
+    def run(self, walk: Any, amp: Amp) -> None:
+        walk.run_cuda(torch._C._cuda_getCurrentRawStream, amp.grad_scale, amp.found_inf)
+
+
+class _Triton:
+    """The passes on the Triton kernels, on torch's current streams."""
+
+    def __init__(self, rule: Rule):
+        from . import kernels
+
+        self._launcher = kernels.Launcher(rule)
+
+    def measure(self, walk: Any, updates: bool, amp: Amp) -> None:
+        self._launcher.measure(walk.batches(), walk.hyper(), updates, amp.grad_scale, amp.found_inf)
+
+    def run(self, walk: Any, amp: Amp) -> None:
+        self._launcher.run(walk.batches(), walk.hyper(), amp.grad_scale, amp.found_inf)
         walk.finish()
-
-    return launch
-
-
-def _launch_cuda(walk: Any, amp: Amp) -> None:
-    walk.run_cuda(torch._C._cuda_getCurrentRawStream, amp.grad_scale, amp.found_inf)
 
 
 class Plan:
-    """Runs one step of ``rule`` with the back-end ``request`` (a name, or "auto")."""
+    """Runs the steps of ``rule`` with the back-end ``request`` (a name, or "auto").
 
-    def __init__(self, rule: Rule, request: str, dtype: torch.dtype | None):
+    ``on_measured`` is called in steps that measure, or have made states, before the update.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        request: str,
+        dtype: torch.dtype | None,
+        on_measured: Callable[[], None] | None = None,
+    ):
         self.rule = rule
         self._request = request
         self._dtype = dtype
+        self._on_measured = on_measured
         self._walks: dict[str, Any] = {}  # by kind of device
-        self._launchers: dict[str, Any] = {}
+        self._runners: dict[str, _Walked | _Cuda | _Triton] = {}
+        self._watches: dict[str, Watch] = {}
         # Whether every back-end reads what the GradScaler says on the device, in a step without
         # first steps; else the host must wait for it.
         self._reads_amp = False
@@ -106,8 +148,13 @@ class Plan:
             walk.leave(other)
             other_walk.leave(device_type)
         self._walks[device_type] = walk
-        self._launchers[device_type] = _launcher(name, self.rule)
-        self._reads_amp = all(launcher is not None for launcher in self._launchers.values())
+        self._watches[device_type] = Watch(self.rule, walk)
+        runners = {"cuda": _Cuda, "triton": lambda: _Triton(self.rule)}
+        self._runners[device_type] = runners.get(name, _Walked)()
+        # Steps are counted on the host: it must know whether this is one.
+        self._reads_amp = self.rule.read is None and not any(
+            isinstance(runner, _Walked) for runner in self._runners.values()
+        )
 
     def _make_walk(self, name: str, device_type: str) -> Any:
         extension, _ = native.load()
@@ -115,10 +162,13 @@ class Plan:
             return Walk(self.rule, device_type)
         keys = [
             extension.StateKey(s.name, -1 if s.when is None else self.rule.hyper.index(s.when))
-            for s in self.rule.states
+            for s in (*self.rule.states, *self.rule.kept)
         ]
         index = native.rule_index()[self.rule.name]
-        walk = extension.Plan(index, self.rule.hyper, keys, device_type)
+        choices = [list(self.rule.choices.get(key, ())) for key in self.rule.hyper]
+        walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
+        if self.rule.read is not None:
+            walk.read_rows_with(self.rule.read)
         if name == "cuda":
             walk.keep_lr_on_device()
         return walk
@@ -139,11 +189,12 @@ class Plan:
         state: dict,
         params: Sequence[torch.Tensor] | None,
         amp: Amp,
+        updates: bool = True,
     ) -> bool:
         """Update every parameter with a gradient, or those of ``params``; all of it or nothing.
 
         Returns False where ``amp`` says that the step must be skipped, as far as that is known
-        without waiting for a device.
+        without waiting for a device. ``updates=False`` only measures.
         """
         waits = not (self._reads_amp and self._settled)
         if waits and amp.skips():
@@ -153,21 +204,50 @@ class Plan:
                 self._take(device_type, groups)
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
         first: dict[str, list[int]] = {}
+        made = False
         while todo := self._read(groups, state, params, grad_multiplier, first):
             if not waits and amp.skips():
                 return False
-            first = {device_type: found.missing for device_type, found in todo.items()}
-            lacking = [self._walks[t].at(k) for t, missing in first.items() for k in missing]
-            tensors = [(param, groups[row]) for param, row in lacking]
-            make_states(self.rule, tensors, state, self._dtype)
-        self._settled = not first
-        for device_type, walk in self._walks.items():
-            launch = self._launchers[device_type]
-            if launch is None:
-                walk.run()
-            else:
-                launch(walk, Amp() if waits else amp)
+            made = True
+            for device_type, found in todo.items():
+                lacking = [self._walks[device_type].at(k) for k in found.missing]
+                begin = self.make_states([(param, groups[i]) for param, i in lacking], state)
+                first[device_type] = list(itertools.compress(found.missing, begin))
+        self._settled = not made
+        amp = Amp() if waits else amp
+        if self.rule.measure is not None:
+            self._measure(updates, amp, made)
+        if updates:
+            for device_type, walk in self._walks.items():
+                self._runners[device_type].run(walk, amp)
         return True
+
+    def make_states(self, tensors: list[tuple[torch.Tensor, dict]], state: dict) -> list[bool]:
+        """Make what these parameters, each with its group, lack; whether each has yet to begin.
+
+        One that has its states, and lacks but numbers, has begun.
+        """
+        lacking, begin = [], []
+        for param, group in tensors:
+            entries = needed(self.rule, hyper_of(self.rule, group))
+            held = state.get(param, {})
+            lacks = [s for s in entries if not isinstance(held.get(s.name), torch.Tensor)]
+            begin.append(len(lacks) == len(entries) or any(isinstance(s, State) for s in lacks))
+            lacking += [(param, s.name) for s in lacks]
+            if self.rule.read is not None and STEP not in held:
+                lacking.append((param, STEP))
+        make_states(self.rule, lacking, state, self._dtype)
+        return begin
+
+    def _measure(self, updates: bool, amp: Amp, made: bool) -> None:
+        """Measure, on all devices, what this step's tensors may have left to measure."""
+        devices = [t for t in self._walks if self._watches[t].measures()]
+        for device_type in devices:
+            self._runners[device_type].measure(self._walks[device_type], updates, amp)
+        if (devices or made) and self._on_measured is not None:
+            self._on_measured()
+        for device_type in devices if self.rule.measure.settles else ():
+            self._watches[device_type].ask()
 
     def _read(self, groups, state, params, grad_multiplier, first) -> dict[str, Any]:
         """Bring every walk up to date; what they lack, by kind of device."""

@@ -13,7 +13,7 @@ import torch
 
 from . import reference
 from .checks import check_param, check_tensor, number_of
-from .rules import Rule
+from .rules import Kept, Rule, State
 
 
 class Todo(NamedTuple):
@@ -24,17 +24,31 @@ class Todo(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One tensor that takes part: its parameter, states (None: absent), and row of the group."""
+    """One tensor that takes part: its states and kept numbers (None: absent), row of the table."""
 
+    position: int
     param: torch.Tensor
     states: list[torch.Tensor | None]
+    kept: list[torch.Tensor | None]
+    step: torch.Tensor | None  # how many steps it has taken, for a rule that depends on it
     row: int
     first: bool
 
 
-def needed_states(rule: Rule, group: dict) -> list[str]:
-    """Names of the states that the rule keeps with this group's hyper-parameters."""
-    return [s.name for s in rule.states if s.when is None or group[s.when] != 0]
+def hyper_of(rule: Rule, group: dict, t: int = 1) -> list[float]:
+    """The rule's hyper-parameters for a tensor of the group that takes its step ``t``."""
+    if rule.read is not None:
+        return [float(value) for value in rule.read(group, t)]
+    return [number_of(group, key, rule.choices.get(key, ())) for key in rule.hyper]
+
+
+def needed(rule: Rule, hyper: Sequence[float]) -> list[State | Kept]:
+    """The states and kept numbers that the rule needs with these hyper-parameters."""
+    return [
+        s
+        for s in (*rule.states, *rule.kept)
+        if s.when is None or hyper[rule.hyper.index(s.when)] != 0
+    ]
 
 
 class Walk:
@@ -46,7 +60,10 @@ class Walk:
         self._device_type = device_type
         self._left: set[str] = set()
         self._items: list[Item] = []
+        self._updates: dict[int, reference.Update] = {}  # measured already, by position
+        self._settled: dict[int, list[int]] = {}  # by position: which kept numbers were
         self._params: list[tuple[torch.Tensor, int]] = []
+        self._rows: dict[tuple[int, int], int] = {}  # of a group, at a step of a tensor
         self._hyper: list[list[float]] = []
 
     def leave(self, device_type: str) -> None:
@@ -68,19 +85,15 @@ class Walk:
         """Find what this step works on; see ``Plan::read`` in ``csrc/plan.h``."""
         self.moves += 1
         self._params = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
-        self._hyper = [
-            [
-                *(number_of(group, key) for key in self._rule.hyper),
-                -grad_multiplier if number_of(group, "maximize") else grad_multiplier,
-            ]
-            for group in groups
-        ]
-        self._items = []
+        self._items, self._updates, self._rows, self._hyper = [], {}, {}, []
+        if self._rule.read is None:
+            for i in range(len(groups)):
+                self._row_of(groups, i, 1, grad_multiplier)
         todo = Todo([], [])
         begin = {i: k for k, (_, i) in reversed(list(enumerate(self._params)))}
         for position in self._chosen(params):
-            param, row = self._params[position]
-            name = f"param_groups[{row}]['params'][{position - begin[row]}]"
+            param, i = self._params[position]
+            name = f"param_groups[{i}]['params'][{position - begin[i]}]"
             if isinstance(param, torch.Tensor) and param.grad is None:
                 continue
             check_param(name, param)
@@ -89,15 +102,30 @@ class Walk:
                     todo.devices.append(param.device.type)
                 continue
             check_tensor(f"{name}.grad", param.grad, param)
-            kept, needed = state.get(param, {}), needed_states(self._rule, groups[row])
-            states = [kept.get(s.name) if s.name in needed else None for s in self._rule.states]
+            held = state.get(param, {})
+            step = held.get("step") if self._rule.read is not None else None
+            row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
+            names = [s.name for s in needed(self._rule, self._hyper[row])]
+            states = [held.get(s.name) if s.name in names else None for s in self._rule.states]
+            kept = [held.get(k.name) if k.name in names else None for k in self._rule.kept]
             for tensor in states:
                 if tensor is not None:
                     check_tensor(f"{name} state", tensor, param)
-            if any(kept.get(key) is None for key in needed):
+            if any(held.get(key) is None for key in names):
                 todo.missing.append(position)
-            self._items.append(Item(param, states, row, position in first))
+            self._items.append(Item(position, param, states, kept, step, row, position in first))
         return todo if todo.missing or todo.devices else None
+
+    def _row_of(self, groups: list[dict], i: int, t: int, grad_multiplier: float) -> int:
+        """The row of the table for tensors of group ``i`` that take their step ``t``."""
+        if self._rule.read is None:
+            t = 1
+        if (i, t) not in self._rows:
+            self._rows[i, t] = len(self._hyper)
+            maximize = number_of(groups[i], "maximize")
+            hyper = hyper_of(self._rule, groups[i], t)
+            self._hyper.append([*hyper, -grad_multiplier if maximize else grad_multiplier])
+        return self._rows[i, t]
 
     def _chosen(self, params: Sequence[torch.Tensor] | None) -> Sequence[int]:
         if params is None:
@@ -113,20 +141,61 @@ class Walk:
             positions.append(position)
         return positions
 
+    def measures(self) -> bool:
+        """Whether a tensor of this step may have something to measure."""
+        measure = self._rule.measure
+        if measure.settles:
+            return bool(self.unsettled())
+        initial = [kept.initial for kept in self._rule.kept]
+        return any(not measure.settled(*hyper[:-1], *initial) for hyper in self._hyper)
+
+    def unsettled(self) -> list[int]:
+        """Positions of the tensors of this step that may have something to measure."""
+        return [
+            item.position
+            for item in self._items
+            if item.param.numel()
+            and self._settled.get(item.position) != [id(tensor) for tensor in item.kept]
+        ]
+
+    def settle(self, positions: Sequence[int]) -> None:
+        """These have nothing left to measure while their kept numbers are the same tensors."""
+        for item in self._items:
+            if item.position in positions:
+                self._settled[item.position] = [id(tensor) for tensor in item.kept]
+
+    def kept(self, position: int) -> tuple[list[torch.Tensor | None], list[float]]:
+        """The kept numbers of a tensor of this step, and its hyper-parameters."""
+        item = next(item for item in self._items if item.position == position)
+        return item.kept, self._hyper[item.row][:-1]
+
+    @torch.no_grad()
+    def measure(self, updates: bool) -> None:
+        """Run the pass before the update, on the reference; ``updates``: ``run`` follows."""
+        for item in self._items:
+            update = self._updates[item.position] = self._update_of(item)
+            if not update.settled():
+                update.measure(updates)
+
     @torch.no_grad()
     def run(self) -> None:
         """Take the step, on the reference."""
-        for param, states, row, first in self._items:
-            *hyper, grad_multiplier = self._hyper[row]
-            reference.update(
-                self._rule,
-                param,
-                param.grad,
-                states,
-                hyper,
-                grad_multiplier=grad_multiplier,
-                first=first,
-            )
+        for item in self._items:
+            (self._updates.get(item.position) or self._update_of(item)).update()
+        self._count()
+
+    def _update_of(self, item: Item) -> reference.Update:
+        *hyper, grad_multiplier = self._hyper[item.row]
+        return reference.Update(
+            self._rule,
+            item.param,
+            item.param.grad,
+            item.states,
+            item.kept,
+            hyper,
+            grad_multiplier=grad_multiplier,
+            first=item.first,
+        )
 
     def batches(self) -> list:
         """The step as tables, for a back-end that is launched from Python."""
@@ -134,15 +203,26 @@ class Walk:
 
         return kernels.batches(
             [
-                kernels.Item((param, param.grad, *states), row, (float(first),))
-                for param, states, row, first in self._items
+                kernels.Item(
+                    (item.param, item.param.grad, *item.states),
+                    item.row,
+                    (float(item.first), *(0.0 for _ in self._rule.tensor_scalars[1:])),
+                    item.kept,
+                )
+                for item in self._items
             ]
         )
 
     def hyper(self) -> torch.Tensor:
-        """float64 [rows, k + 1]: each group's hyper-parameters, then its gradient multiplier."""
+        """float64 [rows, k + 1]: hyper-parameters, then the gradient multiplier."""
         return torch.tensor(self._hyper, dtype=torch.float64)
 
     def finish(self) -> None:
-        """The tables were launched: the version counters of the parameters move."""
+        """The tables were launched: version counters of the parameters move, and step counts."""
         torch.autograd.graph.increment_version([item.param for item in self._items])
+        self._count()
+
+    def _count(self) -> None:
+        for item in self._items:
+            if item.step is not None:
+                item.step += 1

@@ -2,21 +2,18 @@
 #include "levels.h"
 
 #ifdef FM_X86_LEVELS
-// The standard headers come before the target is set: their inline functions are shared with files
-// that must run on any processor.
-#include <cstddef>
-#include <type_traits>
+// What is shared with files that must run on any processor comes before the target is set.
+#include <cmath>
 #include <utility>
-#include <vector>
+
+#include "../rule_info.h"
+#include "../tiles.h"
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
 #pragma GCC target("avx2")
 #endif
-
-#include "../rules.h"
-#include "../tiles.h"
 
 namespace fused_momentum::cpu {
 namespace {
@@ -25,6 +22,10 @@ namespace {
 
 void run_tiles_avx2(const Launch& launch, int64_t tile, int64_t tile_end) {
   run_tiles_here(launch, tile, tile_end);
+}
+
+void measure_tiles_avx2(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
+  measure_tiles_here(launch, tile, tile_end, tile_sums);
 }
 
 }  // namespace fused_momentum::cpu

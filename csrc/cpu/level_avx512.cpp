@@ -2,12 +2,12 @@
 #include "levels.h"
 
 #ifdef FM_X86_LEVELS
-// The standard headers come before the target is set: their inline functions are shared with files
-// that must run on any processor.
-#include <cstddef>
-#include <type_traits>
+// What is shared with files that must run on any processor comes before the target is set.
+#include <cmath>
 #include <utility>
-#include <vector>
+
+#include "../rule_info.h"
+#include "../tiles.h"
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
@@ -16,9 +16,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
-#include "../rules.h"
-#include "../tiles.h"
-
 namespace fused_momentum::cpu {
 namespace {
 #include "pass.h"
@@ -26,6 +23,10 @@ namespace {
 
 void run_tiles_avx512(const Launch& launch, int64_t tile, int64_t tile_end) {
   run_tiles_here(launch, tile, tile_end);
+}
+
+void measure_tiles_avx512(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
+  measure_tiles_here(launch, tile, tile_end, tile_sums);
 }
 
 }  // namespace fused_momentum::cpu

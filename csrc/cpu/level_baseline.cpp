@@ -1,10 +1,8 @@
 // The pass for what every processor of the architecture has (SSE2 on x86-64, NEON on Arm).
-#include <cstddef>
-#include <type_traits>
+#include <cmath>
 #include <utility>
-#include <vector>
 
-#include "../rules.h"
+#include "../rule_info.h"
 #include "../tiles.h"
 #include "levels.h"
 
@@ -15,6 +13,11 @@ namespace {
 
 void run_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end) {
   run_tiles_here(launch, tile, tile_end);
+}
+
+void measure_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end,
+                            double* tile_sums) {
+  measure_tiles_here(launch, tile, tile_end, tile_sums);
 }
 
 }  // namespace fused_momentum::cpu

@@ -1,6 +1,6 @@
-// The generic pass of the CPU: load, cast, RULE, cast, store, for any rule of the table. This text
-// is compiled once per instruction-set level, each time inside an anonymous namespace of a file
-// that has set its target, so nothing here may be visible to the linker.
+// The generic passes of the CPU: load, cast, RULE, cast, store, for any rule of the table. This
+// text is compiled once per instruction-set level, each time inside an anonymous namespace of a
+// file that has set its target, so nothing here may be visible to the linker.
 
 #include "codec.h"
 
@@ -42,6 +42,13 @@ inline void update(void* const* at, int64_t n, T grad_multiplier,
                                                  static_cast<typename S::storage*>(at[2 + I])...);
 }
 
+// The streams that a pass needs: those that it reads, and the states that it writes.
+template <class Rule, class Pass, class Scalars>
+inline unsigned needed(const Scalars& scalars) {
+  constexpr unsigned all = (1u << (2 + Rule::kStates)) - 1;
+  return (Pass::reads(scalars) | Pass::kWrites << 2) & all;
+}
+
 // Updates elements [begin, begin + n) where they lie, if the segment is contiguous, complete, and
 // stored as P, G, S. Returns whether it was.
 template <class Rule, class T, class P, class G, class S>
@@ -61,36 +68,57 @@ inline bool update_in_place(const Segment& segment, int64_t begin, int64_t n, T 
   return matches;
 }
 
-// Elements [begin, begin + n) of a segment, n <= kBlock, converted on the way.
-template <class Rule, class T>
-inline void convert_and_update(const Segment& segment, int64_t begin, int n, T grad_multiplier,
-                               const typename Rule::template Scalars<T>& scalars) {
-  constexpr int streams = 2 + Rule::kStates;
+// Elements [begin, begin + n) of a segment as values of type T, n <= kSize: where they lie, or
+// converted. Streams that are absent, or not needed, are zeros.
+template <class Rule, class T, int kSize>
+struct Values {
+  static constexpr int kStreams = 2 + Rule::kStates;
   using Native = std::conditional_t<sizeof(T) == 8, f64, f32>;
-  alignas(64) T buffers[streams][kBlock];
-  void* at[streams];
-  for (int s = 0; s < streams; s++) {
-    at[s] = buffers[s];
-    if (segment.data[s] == nullptr)
-      for (int i = 0; i < n; i++) buffers[s][i] = 0;
-    else if (segment.dtype[s] == Native::dtype && segment.layout == nullptr)
-      at[s] = static_cast<T*>(segment.data[s]) + begin;
-    else
-      load(segment.dtype[s], {segment.data[s], segment.layout, s, begin, n}, buffers[s]);
+  alignas(64) T buffers[kStreams][kSize];
+  void* at[kStreams];
+
+  inline void read(const Segment& segment, int64_t begin, int n, unsigned streams) {
+    for (int s = 0; s < kStreams; s++) {
+      at[s] = buffers[s];
+      if (segment.data[s] == nullptr || (streams >> s & 1) == 0)
+        for (int i = 0; i < n; i++) buffers[s][i] = 0;
+      else if (segment.dtype[s] == Native::dtype && segment.layout == nullptr)
+        at[s] = static_cast<T*>(segment.data[s]) + begin;
+      else
+        load(segment.dtype[s], {segment.data[s], segment.layout, s, begin, n}, buffers[s]);
+    }
   }
-  update<Rule, T, Native, Native, Native>(at, n, grad_multiplier, scalars,
-                                          std::make_index_sequence<Rule::kStates>{});
-  for (int s = 0; s < streams; s++) {
-    const bool written = s != 1;  // gradients are never modified
-    if (written && at[s] == buffers[s] && segment.data[s] != nullptr)
-      store(segment.dtype[s], {segment.data[s], segment.layout, s, begin, n}, buffers[s]);
+
+  inline void write(const Segment& segment, int64_t begin, int n, unsigned streams) {
+    for (int s = 0; s < kStreams; s++)
+      if ((streams >> s & 1) != 0 && at[s] == buffers[s] && segment.data[s] != nullptr)
+        store(segment.dtype[s], {segment.data[s], segment.layout, s, begin, n}, buffers[s]);
   }
-}
+};
+
+// What the scalars of a tensor are derived from.
+template <class Rule>
+struct Numbers {
+  const double* hyper;
+  double tensor[Rule::kTensor] = {};
+  double kept[Rule::kKept + 1];
+
+  Numbers(const Launch& launch, int64_t i) {
+    const Segment& segment = launch.segments[i];
+    hyper = launch.hyper + int64_t(segment.row) * launch.hyper_stride;
+    tensor[0] = segment.first;
+    if (launch.tensor_scalars)
+      for (int k = 0; k < Rule::kTensor; k++)
+        tensor[k] = launch.tensor_scalars[i * Rule::kTensor + k];
+    load_kept<Rule>(segment.kept, kept);
+  }
+};
 
 template <class Rule, class T>
-void run_segment(const Launch& launch, const Segment& segment, int64_t begin, int64_t end) {
-  const auto scalars = Rule::template derive<T>(
-      launch.hyper + int64_t(segment.row) * launch.hyper_stride, segment.tensor);
+void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end) {
+  const Segment& segment = launch.segments[i];
+  const Numbers<Rule> numbers(launch, i);
+  const auto scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
   const T multiplier = T(launch.grad_multiplier[segment.row]);
   const int64_t size = end - begin;
   if constexpr (sizeof(T) == 8) {
@@ -101,9 +129,71 @@ void run_segment(const Launch& launch, const Segment& segment, int64_t begin, in
         update_in_place<Rule, T, bf16, bf16, bf16>(segment, begin, size, multiplier, scalars))
       return;
   }
+  const unsigned streams = needed<Rule, Rule>(scalars);
+  constexpr unsigned written = 1 | Rule::kWrites << 2;  // gradients are never modified
+  Values<Rule, T, kBlock> values;
+  using Native = typename decltype(values)::Native;
   for (; begin < end; begin += kBlock) {
     const int n = end - begin < kBlock ? int(end - begin) : kBlock;
-    convert_and_update<Rule, T>(segment, begin, n, multiplier, scalars);
+    values.read(segment, begin, n, streams);
+    update<Rule, T, Native, Native, Native>(values.at, n, multiplier, scalars,
+                                            std::make_index_sequence<Rule::kStates>{});
+    values.write(segment, begin, n, streams & written);
+  }
+}
+
+// The terms of n elements; the states are written in place.
+template <class Rule, class T, size_t... I>
+inline void find_terms(void* const* at, int n, T grad_multiplier,
+                       const typename Rule::template Scalars<T>& scalars_in_memory,
+                       double (*terms)[kTile], std::index_sequence<I...>) {
+  using Measure = typename Rule::Measure;
+  const typename Rule::template Scalars<T> scalars = scalars_in_memory;
+  const T* p = static_cast<const T*>(at[0]);
+  const T* g = static_cast<const T*>(at[1]);
+#pragma GCC ivdep
+  for (int i = 0; i < n; i++) {
+    double sums[Measure::kSums];
+    [&](Repeat<T, I>... states) __attribute__((always_inline)) {
+      Measure::terms(p[i], g[i] * grad_multiplier, states..., scalars, sums);
+      ((Measure::kWrites >> I & 1 ? void(static_cast<T*>(at[2 + I])[i] = states) : void()), ...);
+    }(static_cast<const T*>(at[2 + I])[i]...);
+    for (int k = 0; k < Measure::kSums; k++) terms[k][i] = sums[k];
+  }
+}
+
+// x[i] += x[i + h] for h = 512, 256, ... 1.
+inline double halve(double* x) {
+  for (int h = kTile / 2; h > 0; h /= 2)
+    for (int i = 0; i < h; i++) x[i] += x[i + h];
+  return x[0];
+}
+
+template <class Rule, class T>
+void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile_end,
+                     double* tile_sums) {
+  using Measure = typename Rule::Measure;
+  const Segment& segment = launch.segments[i];
+  const Numbers<Rule> numbers(launch, i);
+  if (Measure::settled(numbers.hyper, numbers.kept)) return;
+  const auto scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
+  const T multiplier = T(launch.grad_multiplier[segment.row]);
+  const unsigned streams = needed<Rule, Measure>(scalars);
+  const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
+  const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
+  Values<Rule, T, kTile> values;
+  alignas(64) double terms[Measure::kSums][kTile];
+  for (; tile < tile_end; tile++) {
+    const int64_t begin = (tile - first) * kTile;
+    const int n = segment.numel - begin < kTile ? int(segment.numel - begin) : kTile;
+    values.read(segment, begin, n, streams);
+    find_terms<Rule, T>(values.at, n, multiplier, scalars, terms,
+                        std::make_index_sequence<Rule::kStates>{});
+    values.write(segment, begin, n, streams & Measure::kWrites << 2);
+    for (int k = 0; k < Measure::kSums; k++) {
+      for (int j = n; j < kTile; j++) terms[k][j] = 0;
+      tile_sums[k * tiles + tile] = halve(terms[k]);
+    }
   }
 }
 
@@ -116,27 +206,55 @@ inline void prefetch(const Segment& segment) {
       __builtin_prefetch(static_cast<const char*>(segment.data[s]) + line * 64);
 }
 
-template <class Rule>
-void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
+// Calls f(segment, first tile, end) for the part of each segment that lies in [tile, tile_end).
+template <class F>
+inline void for_each_part(const Launch& launch, int64_t tile, int64_t tile_end, F&& f) {
   int64_t i = segment_of(launch.tile_ends, launch.segment_count, tile);
   for (; tile < tile_end; i++) {
     const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
     const int64_t last = launch.tile_ends[i] < tile_end ? launch.tile_ends[i] : tile_end;
     if (first == launch.tile_ends[i]) continue;
+    f(i, tile, last);
+    tile = last;
+  }
+}
+
+template <class Rule>
+void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
+  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t tile, int64_t last) {
     const Segment& segment = launch.segments[i];
+    const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
     const int64_t begin = (tile - first) * kTile;
     const int64_t end = (last - first) * kTile;
     const auto run =
         segment.dtype[0] == DType::f64 ? run_segment<Rule, double> : run_segment<Rule, float>;
     if (i + 1 < launch.segment_count) prefetch<Rule>(launch.segments[i + 1]);
-    run(launch, segment, begin, end < segment.numel ? end : segment.numel);
-    tile = last;
-  }
+    run(launch, i, begin, end < segment.numel ? end : segment.numel);
+  });
+}
+
+template <class Rule>
+void measure_rule(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
+  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t tile, int64_t last) {
+    const auto measure = launch.segments[i].dtype[0] == DType::f64 ? measure_segment<Rule, double>
+                                                                   : measure_segment<Rule, float>;
+    measure(launch, i, tile, last, tile_sums);
+  });
 }
 
 void run_tiles_here(const Launch& launch, int64_t tile, int64_t tile_end) {
   int index = 0;
   for_each_rule([&](auto rule) {
     if (index++ == launch.rule) run_rule<decltype(rule)>(launch, tile, tile_end);
+  });
+}
+
+void measure_tiles_here(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
+  int index = 0;
+  for_each_rule([&](auto rule) {
+    using Rule = decltype(rule);
+    if constexpr (!std::is_void_v<typename Rule::Measure>)
+      if (index == launch.rule) measure_rule<Rule>(launch, tile, tile_end, tile_sums);
+    index++;
   });
 }

@@ -1,10 +1,11 @@
-// One parallel region over all tiles of all tensors.
+// One parallel region over all tiles of all tensors, and what a measuring pass settles after it.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "../rule_info.h"
 #include "../tiles.h"
 #include "levels.h"
 #include "run.h"
@@ -24,6 +25,59 @@ const cpu::Level* best_level() {
   return &table[count - 1];
 }
 
+// Deals the tiles of a launch out to threads: f(tile, end of tiles).
+template <class F>
+void for_all_tiles(const Launch& launch, F&& f) {
+  const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
+  if (tiles == 0) return;
+  int64_t elements = 0, tensors = 0;
+  for (int64_t i = 0; i < launch.segment_count; i++) {
+    elements += launch.segments[i].numel;
+    tensors += launch.segments[i].numel != 0;
+  }
+  const int64_t cost = elements + tensors * kSegmentCost;
+  const int parts =
+      int(std::clamp<int64_t>(elements / kElementsPerThread, 1, int64_t(at::get_num_threads())));
+  if (parts == 1) return f(0, tiles);
+  std::vector<int64_t> bounds(parts + 1);
+  split_tiles(launch.segments, launch.tile_ends, launch.segment_count, cost, parts, bounds.data());
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k++)
+      if (bounds[k] < bounds[k + 1]) f(bounds[k], bounds[k + 1]);
+  });
+}
+
+// The sum of one tensor from those of its tiles, in the order of reference.tensor_sum.
+double tensor_sum(const double* tile_sums, int64_t tiles) {
+  double lanes[kTile] = {};
+  for (int64_t t = 0; t < tiles; t++) lanes[t % kTile] += tile_sums[t];
+  for (int h = kTile / 2; h > 0; h /= 2)
+    for (int j = 0; j < h; j++) lanes[j] += lanes[j + h];
+  return lanes[0];
+}
+
+template <class Rule>
+void settle(const Launch& launch, bool updates, const double* tile_sums, double* tensor_scalars) {
+  using Measure = typename Rule::Measure;
+  const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
+  for (int64_t i = 0; i < launch.segment_count; i++) {
+    const Segment& segment = launch.segments[i];
+    double* tensor = tensor_scalars + i * Rule::kTensor;
+    std::fill_n(tensor, Rule::kTensor, 0.0);
+    tensor[0] = segment.first;
+    const double* hyper = launch.hyper + int64_t(segment.row) * launch.hyper_stride;
+    double kept[Rule::kKept + 1], sums[Measure::kSums];
+    load_kept<Rule>(segment.kept, kept);
+    if (segment.numel == 0 || Measure::settled(hyper, kept)) continue;
+    const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
+    for (int k = 0; k < Measure::kSums; k++)
+      sums[k] = tensor_sum(tile_sums + k * tiles + first, launch.tile_ends[i] - first);
+    Measure::settle(hyper, double(segment.numel), updates, sums, tensor, kept);
+    for (int k = 0; k < Rule::kKept; k++)
+      if (segment.kept[k]) *static_cast<typename Rule::Kept*>(segment.kept[k]) = kept[k];
+  }
+}
+
 }  // namespace
 
 const cpu::Level* cpu_level() {
@@ -38,22 +92,19 @@ void set_cpu_level(const cpu::Level* level) {
 
 void run_cpu(const Launch& launch) {
   const auto run_tiles = cpu_level()->run_tiles;
-  const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
-  if (tiles == 0) return;
-  int64_t elements = 0, tensors = 0;
-  for (int64_t i = 0; i < launch.segment_count; i++) {
-    elements += launch.segments[i].numel;
-    tensors += launch.segments[i].numel != 0;
-  }
-  const int64_t cost = elements + tensors * kSegmentCost;
-  const int parts =
-      int(std::clamp<int64_t>(elements / kElementsPerThread, 1, int64_t(at::get_num_threads())));
-  if (parts == 1) return run_tiles(launch, 0, tiles);
-  std::vector<int64_t> bounds(parts + 1);
-  split_tiles(launch.segments, launch.tile_ends, launch.segment_count, cost, parts, bounds.data());
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; k++)
-      if (bounds[k] < bounds[k + 1]) run_tiles(launch, bounds[k], bounds[k + 1]);
+  for_all_tiles(launch, [&](int64_t tile, int64_t end) { run_tiles(launch, tile, end); });
+}
+
+void measure_cpu(const Launch& launch, bool updates, double* tile_sums, double* tensor_scalars) {
+  const auto measure_tiles = cpu_level()->measure_tiles;
+  for_all_tiles(launch,
+                [&](int64_t tile, int64_t end) { measure_tiles(launch, tile, end, tile_sums); });
+  int index = 0;
+  for_each_rule([&](auto rule) {
+    using Rule = decltype(rule);
+    if constexpr (!std::is_void_v<typename Rule::Measure>)
+      if (index == launch.rule) settle<Rule>(launch, updates, tile_sums, tensor_scalars);
+    index++;
   });
 }
 

@@ -3,5 +3,6 @@
 from .momentum import FusedMomentum
 from .nag import FusedNAG
 from .sgd import FusedSGD
+from .sgd_sai import FusedSGDSaI
 
-__all__ = ["FusedMomentum", "FusedNAG", "FusedSGD"]
+__all__ = ["FusedMomentum", "FusedNAG", "FusedSGD", "FusedSGDSaI"]

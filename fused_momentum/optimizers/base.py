@@ -12,8 +12,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import flat
 from ..backends import check_request, choose
-from ..plan import Amp, Plan, make_states
+from ..plan import Amp, Plan
 from ..rules import Rule
+from ..states import make_states, names_of
 
 NO_AMP = Amp()
 
@@ -39,6 +40,15 @@ def check_lr(lr: float | torch.Tensor) -> None:
         raise ValueError("Tensor lr must be 1-element")
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
+
+
+def check_no_torch_form(name: str, group: dict[str, Any]) -> None:
+    """Raise where a class that has neither is given dampening or nesterov."""
+    if group["dampening"] != 0 or group["nesterov"]:
+        raise ValueError(
+            f"{name} has no dampening and no nesterov switch; given: "
+            f"dampening={group['dampening']}, nesterov={group['nesterov']}"
+        )
 
 
 class FusedOptimizer(Optimizer):
@@ -154,15 +164,27 @@ class FusedOptimizer(Optimizer):
 
     def _update(self, params: list[torch.Tensor] | None) -> bool:
         """Update all parameters, or these; return False where the step was skipped."""
-        if self._plan is None:
-            self._plan = Plan(self.rule, self._options.backend, self._options.state_dtype)
-        if not self._plan.step(self.param_groups, self.state, params, self._amp()):
+        if not self._plan_step(params):
             return False
         if self._options.flatten and self._plan.moves != self._moves_seen:
             self._moves_seen = self._plan.moves
             if not self._is_flat():
                 self.flatten()
         return True
+
+    def _plan_step(self, params: list[torch.Tensor] | None, updates: bool = True) -> bool:
+        plan = self._planned()
+        return plan.step(self.param_groups, self.state, params, self._amp(), updates)
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            options = self._options
+            on_measured = None if self.rule.measure is None else self._on_measured
+            self._plan = Plan(self.rule, options.backend, options.state_dtype, on_measured)
+        return self._plan
+
+    def _on_measured(self) -> None:
+        """Called in a step that measures, or has made states, before the update."""
 
     @torch._disable_dynamo
     def _update_untraced(self, params: list[torch.Tensor] | None) -> None:
@@ -247,49 +269,61 @@ class FusedOptimizer(Optimizer):
 
     def _keep_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check the states of a dict that is being loaded and shield them from torch's cast."""
-        names = [s.name for s in self.rule.states]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         param_of = dict(zip(saved, self._params(), strict=False))
         kept = dict(state_dict["state"])
         for i, values in kept.items():
-            if i not in param_of or not isinstance(values, dict):
-                continue
-            kept[i] = shielded = {k: v for k, v in values.items() if v is not None}
-            if shielded and not any(name in shielded for name in names):
-                raise ValueError(
-                    f"state_dict: state of parameter {i} has {sorted(shielded)}; needed: {names}"
-                )
-            for name in names:
-                if name not in shielded:
-                    continue
-                if not isinstance(shielded[name], torch.Tensor):
-                    raise TypeError(
-                        f"state_dict: {name} of parameter {i} is a "
-                        f"{type(shielded[name]).__name__}; needed: a tensor"
-                    )
-                if shielded[name].shape != param_of[i].shape:
-                    raise ValueError(
-                        f"state_dict: {name} of parameter {i} has shape "
-                        f"{list(shielded[name].shape)}; needed: {list(param_of[i].shape)}"
-                    )
-                shielded[name] = _Keep(shielded[name])
+            if i in param_of and isinstance(values, dict):
+                kept[i] = self._shielded(i, values, param_of[i])
         return {**state_dict, "state": kept}
+
+    def _shielded(self, i: int, values: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
+        """The loaded state of parameter ``i``, checked; its tensors in a shell."""
+        names, tensors = names_of(self.rule), {s.name for s in self.rule.states}
+        values = {key: value for key, value in values.items() if value is not None}
+        if values and not any(name in values for name in names):
+            raise ValueError(
+                f"state_dict: state of parameter {i} has {sorted(values)}; needed: {names}"
+            )
+        for name in names:
+            if name not in values:
+                continue
+            value = values[name]
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"state_dict: {name} of parameter {i} is a {type(value).__name__}; "
+                    "needed: a tensor"
+                )
+            shape = param.shape if name in tensors else torch.Size()
+            if value.shape != shape and not (name not in tensors and value.numel() == 1):
+                raise ValueError(
+                    f"state_dict: {name} of parameter {i} has shape {list(value.shape)}; "
+                    f"needed: {list(shape)}"
+                )
+            values[name] = _Keep(value)
+        return values
 
     @torch.no_grad()
     def _rehome_states(self) -> None:
         """Copy all states into new flat buffers; after loading, unpickling and deepcopy."""
-        names = {s.name for s in self.rule.states}
         found = []
-        for param in self._params():
-            values = self.state.get(param, {})
-            found += [(param, name, values.pop(name)) for name in names & set(values)]
-        # A buffer that momentum 0 leaves unused is kept as well.
-        always = {key: 1.0 for s in self.rule.states if (key := s.when)}
-        tensors = [(param, always) for param, _, _ in found]
-        make_states(self.rule, tensors, self.state, self._options.state_dtype)
-        for param, name, value in found:
-            tensor = value.tensor if isinstance(value, _Keep) else value
-            self.state[param][name].copy_(tensor)
+        for group in self.param_groups:
+            for param in group["params"]:
+                values = self.state.get(param, {})
+                held = {
+                    name: value.tensor if isinstance(value, _Keep) else value
+                    for name in names_of(self.rule)
+                    if (value := values.pop(name, None)) is not None
+                }
+                self._complete(held, group)
+                found += [(param, name, tensor) for name, tensor in held.items()]
+        lacking = [(param, name) for param, name, _ in found]
+        make_states(self.rule, lacking, self.state, self._options.state_dtype)
+        for param, name, tensor in found:
+            self.state[param][name].copy_(tensor.reshape(self.state[param][name].shape))
+
+    def _complete(self, held: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+        """Add what another implementation's checkpoint lacks of a parameter's state."""
 
     # -- what ran ----------------------------------------------------------------------------------
 

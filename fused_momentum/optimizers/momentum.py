@@ -6,7 +6,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..rules import RULES
-from .base import FusedOptimizer, check_lr, sgd_keywords
+from .base import FusedOptimizer, check_lr, check_no_torch_form, sgd_keywords
 
 
 class FusedMomentum(FusedOptimizer):
@@ -81,8 +81,4 @@ class FusedMomentum(FusedOptimizer):
 
     def _check_group(self, group: dict) -> None:
         super()._check_group(group)
-        if group["dampening"] != 0 or group["nesterov"]:
-            raise ValueError(
-                f"{type(self).__name__} has no dampening and no nesterov switch; given: "
-                f"dampening={group['dampening']}, nesterov={group['nesterov']}"
-            )
+        check_no_torch_form(type(self).__name__, group)

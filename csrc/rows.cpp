@@ -1,0 +1,116 @@
+// The table of hyper-parameters: a row per group, or per group and step of its tensors.
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "plan.h"
+
+namespace fused_momentum {
+namespace {
+
+double number_of(PyObject* value, PyObject* key) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  if (THPVariable_Check(value)) return THPVariable_Unpack(value).item().toDouble();
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    TORCH_CHECK_TYPE(false, "param_groups: ", py::cast<std::string>(py::handle(key)), " is a ",
+                     Py_TYPE(value)->tp_name, "; needed: a number or a tensor with one element");
+  }
+  return number;
+}
+
+double read_number(PyObject* dict, const py::object& key,
+                   const std::vector<std::string>& choices = {}) {
+  PyObject* value = PyDict_GetItemWithError(dict, key.ptr());
+  TORCH_CHECK(value != nullptr, "param_groups: key '", py::cast<std::string>(key), "' is missing");
+  if (choices.empty()) return number_of(value, key.ptr());
+  for (size_t i = 0; i < choices.size(); i++)
+    if (PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, choices[i].c_str()) == 0)
+      return double(i);
+  const py::object words = py::cast(choices);
+  TORCH_CHECK_VALUE(false, "param_groups: ", py::cast<std::string>(key), "=",
+                    py::cast<std::string>(py::repr(py::handle(value))), " is not one of ",
+                    py::cast<std::string>(py::repr(words)));
+}
+
+}  // namespace
+
+void Plan::read_hyper(double grad_multiplier) {
+  hyper_.clear();
+  grad_multiplier_.clear();
+  rows_.clear();
+  multiplier_ = grad_multiplier;
+  lr_.assign(groups_.size(), nullptr);
+  lr_dtype_.assign(groups_.size(), DType::f32);
+  if (!read_row_.is_none()) return;  // rows are made as tensors are met
+  for (size_t row = 0; row < groups_.size(); row++) {
+    PyObject* dict = groups_[row].dict.ptr();
+    for (size_t k = 0; k < hyper_keys_.size(); k++) {
+      const bool on_device = k == 0 && read_device_lr(dict, row);
+      hyper_.push_back(on_device ? 0.0 : read_number(dict, hyper_keys_[k], choices_[k]));
+    }
+    const bool maximize = read_number(dict, maximize_key_) != 0;
+    grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
+  }
+}
+
+// The row of a tensor at its next step, for a rule that depends on it.
+int Plan::row_of(int64_t position, bool* has_states) {
+  PyObject* found = entries_[position].state;
+  if (found != nullptr) found = PyDict_GetItemWithError(found, step_key_.ptr());
+  *has_states &= found != nullptr && THPVariable_Check(found);
+  int64_t t = 1;
+  if (found != nullptr && THPVariable_Check(found)) {
+    const at::Tensor& step = THPVariable_Unpack(found);
+    TORCH_CHECK_TYPE(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,
+                     name_of(position),
+                     ": its state 'step' must be a float32 CPU tensor of one "
+                     "element");
+    t = int64_t(*step.const_data_ptr<float>()) + 1;
+    steps_[position] = py::reinterpret_borrow<py::object>(found);
+  }
+  const int group = group_of(position);
+  for (size_t row = rows_.size(); row-- > 0;)
+    if (rows_[row].group == group && rows_[row].t == t) return int(row);
+  const py::object& dict = groups_[group].dict;
+  for (const py::handle& number : py::tuple(read_row_(dict, t)))
+    hyper_.push_back(number_of(number.ptr(), step_key_.ptr()));
+  const bool maximize = read_number(dict.ptr(), maximize_key_) != 0;
+  grad_multiplier_.push_back(maximize ? -multiplier_ : multiplier_);
+  rows_.push_back({group, t});
+  TORCH_CHECK(hyper_.size() == rows_.size() * hyper_keys_.size(), info_.name, " needs ",
+              hyper_keys_.size(), " hyper-parameters");
+  lr_.resize(rows_.size(), nullptr);
+  lr_dtype_.resize(rows_.size(), DType::f32);
+  return int(rows_.size()) - 1;
+}
+
+// A learning rate that is a tensor on the device stays there in a capturable group: reading it here
+// would wait for the device, and freeze its value in a captured graph.
+bool Plan::read_device_lr(PyObject* dict, size_t row) {
+  if (!keeps_lr_) return false;
+  PyObject* value = PyDict_GetItemWithError(dict, hyper_keys_[0].ptr());
+  if (value == nullptr || !THPVariable_Check(value)) return false;
+  const at::Tensor& lr = THPVariable_Unpack(value);
+  const bool number = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
+  if (!lr.is_cuda() || !number || read_number(dict, capturable_key_) == 0) return false;
+  lr_[row] = lr.const_data_ptr();
+  lr_dtype_[row] = lr.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
+  return true;
+}
+
+bool Plan::needs(const StateKey& key, int row) const {
+  return key.when < 0 || hyper_[row * hyper_keys_.size() + key.when] != 0;
+}
+
+at::Tensor Plan::hyper() const {
+  const int64_t rows = int64_t(grad_multiplier_.size()), columns = int64_t(hyper_keys_.size());
+  at::Tensor table = at::empty({rows, columns + 1}, at::kDouble);
+  for (int64_t r = 0; r < rows; r++) {
+    double* row = table.mutable_data_ptr<double>() + r * (columns + 1);
+    std::copy_n(hyper_.data() + r * columns, columns, row);
+    row[columns] = grad_multiplier_[r];
+  }
+  return table;
+}
+
+}  // namespace fused_momentum

@@ -1,0 +1,126 @@
+// What a step does with what the plan has read: measure, update, count.
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "cpu/run.h"
+#include "plan.h"
+#include "tiles.h"
+
+namespace fused_momentum {
+
+bool Plan::measures() const {
+  if (info_.settles) return !unsettled().empty();
+  bool any = false;
+  int index = 0;
+  for_each_rule([&](auto rule) {
+    using Rule = decltype(rule);
+    if constexpr (!std::is_void_v<typename Rule::Measure>) {
+      if (index == rule_)
+        for (size_t at = 0; at < hyper_.size(); at += hyper_keys_.size())
+          any |= !Rule::Measure::settled(hyper_.data() + at, nullptr);
+    }
+    index++;
+  });
+  return any;
+}
+
+std::vector<int64_t> Plan::unsettled() const {
+  std::vector<int64_t> positions;
+  for_each_chosen([&](int64_t position) {
+    if (segments_[position].numel != 0 && !entries_[position].settled)
+      positions.push_back(position);
+  });
+  return positions;
+}
+
+void Plan::settle(const std::vector<int64_t>& positions) {
+  for (int64_t position : positions) entries_.at(position).settled = true;
+}
+
+std::pair<py::list, std::vector<double>> Plan::kept(int64_t position) const {
+  py::list tensors;
+  for (int k = 0; k < info_.kept; k++) {
+    const py::object& found = states_.at(position * state_keys_.size() + info_.states + k);
+    tensors.append(found ? found : py::none());
+  }
+  const double* hyper = hyper_.data() + segments_[position].row * hyper_keys_.size();
+  return {tensors, std::vector<double>(hyper, hyper + hyper_keys_.size())};
+}
+
+// Calls f with this step as a launch, without the GIL.
+template <class F>
+void Plan::with_launch(F&& f) {
+  std::vector<Segment> segments;
+  std::vector<int64_t> tile_ends;
+  if (all_) {
+    if (tiles_changed_) count_tiles(segments_, &tile_ends_);
+    tiles_changed_ = false;
+  } else {
+    for (int64_t position : chosen_) segments.push_back(segments_[position]);
+    count_tiles(segments, &tile_ends);
+  }
+  const Launch launch =
+      all_ ? describe_launch(segments_, tile_ends_) : describe_launch(segments, tile_ends);
+  if (launch.segment_count == 0) return;
+  py::gil_scoped_release without_gil;
+  f(launch);
+}
+
+void Plan::measure(bool updates) {
+  with_launch([&](const Launch& launch) {
+    tile_sums_.resize(launch.tile_ends[launch.segment_count - 1] * info_.sums);
+    tensor_scalars_.resize(launch.segment_count * info_.tensor_scalars);
+    measure_cpu(launch, updates, tile_sums_.data(), tensor_scalars_.data());
+  });
+}
+
+void Plan::run() {
+  with_launch([](const Launch& launch) { run_cpu(launch); });
+  finish();
+  if (!info_.settles) return;
+  std::vector<double>().swap(tensor_scalars_);  // few steps measure
+  std::vector<double>().swap(tile_sums_);
+}
+
+void Plan::finish() {
+  for_each_chosen([&](int64_t position) { finish(position); });
+}
+
+std::vector<Batch> Plan::batches() const {
+  std::vector<Batch> batches;
+  for_each_chosen([&](int64_t position) {
+    const Segment& segment = segments_[position];
+    if (segment.numel == 0) return;
+    const at::Device device = THPVariable_Unpack(entries_[position].param.ptr()).device();
+    const std::vector<DType> dtypes(segment.dtype, segment.dtype + 2 + info_.states);
+    auto batch = std::find_if(batches.begin(), batches.end(), [&](const Batch& b) {
+      return b.device == device && b.dtypes == dtypes;
+    });
+    if (batch == batches.end()) batch = batches.insert(batch, Batch{device, dtypes, rule_, {}});
+    batch->segments.push_back(segment);
+  });
+  return batches;
+}
+
+Launch Plan::describe_launch(const std::vector<Segment>& segments,
+                             const std::vector<int64_t>& tile_ends) const {
+  Launch launch;
+  launch.rule = rule_;
+  launch.segments = segments.data();
+  launch.tile_ends = tile_ends.data();
+  launch.segment_count = int64_t(segments.size());
+  launch.hyper = hyper_.data();
+  launch.hyper_stride = int(hyper_keys_.size());
+  launch.grad_multiplier = grad_multiplier_.data();
+  if (!tensor_scalars_.empty()) launch.tensor_scalars = tensor_scalars_.data();
+  return launch;
+}
+
+void Plan::finish(int64_t position) {
+  if (entries_[position].key == 0) return;
+  const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
+  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  segments_[position].first = false;
+  if (!steps_.empty()) *THPVariable_Unpack(steps_[position].ptr()).mutable_data_ptr<float>() += 1;
+}
+
+}  // namespace fused_momentum
