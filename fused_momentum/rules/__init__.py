@@ -1,6 +1,6 @@
 """The maths of every optimizer: one plain function per rule, and one table row beside it.
 
-A rule is told twice in this project: here, and in ``csrc/rules.h`` with the same names in the same
+A rule is told twice in this project: here, and in ``csrc/rules`` with the same names in the same
 order. The functions are executed as they stand by the reference (on torch tensors) and by the
 Triton kernels (through ``triton.jit``), so they may use only ``+ - *``, comparisons, ``if`` on a
 scalar, and ``functions``. One operation is one rounding: the order of the operations *is* the

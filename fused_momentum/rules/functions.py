@@ -2,7 +2,7 @@
 
 Written for tensors, which the reference computes on, and for Python's floats, in which scalars are
 derived. The Triton kernels put functions of the same names in their place (``kernels/rules.py``);
-``csrc/rules.h`` has its own.
+In C++ they are the operators themselves.
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+// What every rule has. FM_RULE marks functions that the host and the device compile.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define FM_RULE __host__ __device__ __forceinline__ static
+#else
+#define FM_RULE static inline __attribute__((always_inline))
+#endif
+
+namespace fused_momentum {
+
+using std::sqrt;
+
+// What a rule has, unless it says otherwise.
+struct Elementwise {
+  // kHyper hyper-parameters, kTensor scalars per tensor, kStates states; kKept numbers per tensor,
+  // stored as Kept, that begin as `initial` says.
+  static constexpr int kTensor = 1, kKept = 0;
+  using Kept = float;
+  FM_RULE double initial(int) { return 0.0; }
+  // The streams p, g, states that `update` looks at (bit s), and the states that it writes (bit k).
+  template <class Scalars>
+  FM_RULE unsigned reads(const Scalars&) {
+    return ~0u;
+  }
+  static constexpr unsigned kWrites = ~0u;
+  // The pass before the update, or void.
+  using Measure = void;
+};
+
+// Every rule has a name, kHyper, kStates; Scalars<T>; derive (float64 in, each scalar rounded once
+// to T); update (elementwise). A Measure has kSums, kSettles, kWrites, reads, terms, settle and
+// settled: see rules/table.py.
+
+}  // namespace fused_momentum
