@@ -3,6 +3,7 @@
 // told not to contract (g++ -ffp-contract=off, nvcc -fmad=false).
 #pragma once
 
+#include "rules/autosgm.h"
 #include "rules/momentum.h"
 #include "rules/sgd.h"
 #include "rules/sgd_sai.h"
@@ -16,6 +17,7 @@ void for_each_rule(F&& f) {
   f(velocity{});
   f(lookahead{});
   f(sgd_sai{});
+  f(autosgm{});
 }
 
 }  // namespace fused_momentum

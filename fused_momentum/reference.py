@@ -99,7 +99,9 @@ class Update:
 
     def settled(self) -> bool:
         """Whether there is nothing to measure."""
-        return self._param.numel() == 0 or bool(self._rule.measure.settled(*self._hyper, *self._kept_numbers()))
+        return self._param.numel() == 0 or bool(
+            self._rule.measure.settled(*self._hyper, *self._kept_numbers())
+        )
 
     def measure(self, updates: bool = True) -> None:
         """Run the pass before the update, and settle what follows from its sums.

@@ -111,6 +111,8 @@ class Walk:
             for tensor in states:
                 if tensor is not None:
                     check_tensor(f"{name} state", tensor, param)
+            if self._rule.read is not None:
+                names.append("step")
             if any(held.get(key) is None for key in names):
                 todo.missing.append(position)
             self._items.append(Item(position, param, states, kept, step, row, position in first))
@@ -225,4 +227,4 @@ class Walk:
     def _count(self) -> None:
         for item in self._items:
             if item.step is not None:
-                item.step += 1
+                item.step.add_(1)

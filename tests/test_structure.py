@@ -32,7 +32,7 @@ ARROWS = {
     "plan": {"backends", "kernels", "native", "rules", "states", "walk"},
     "ops": {"backends", "checks", "kernels", "native", "plan", "reference", "rules"},
     "optimizers": {"optimizers", "backends", "flat", "plan", "rules", "states", "windows"},
-    "": {"_version", "backends", "flat", "ops", "optimizers", "scales"},
+    "": {"_version", "backends", "flat", "ops", "optimizers", "scales", "windows"},
 }
 ELSE = {"torch", "triton", "matplotlib", "numpy"}  # the last two where a function needs them
 

@@ -90,17 +90,19 @@ struct autosgm : Elementwise {
       prepare(p, g, s);
       T v = smooth(g, m, s);
       const T d = deviation(g, q, s);
-      if (s.averaged != s.correlated) v = g;
+      const bool moment = s.averaged != s.correlated;
+      const T plus = moment ? T(0) : s.decay;
+      if (moment) v = g;
       v = v / d;
-      if (s.averaged == s.correlated && s.decay != T(0)) v = v + s.decay * p;
-      T w = squares;
+      if (plus != T(0)) v = v + plus * p;
       T x = s.num_gain * (v * v);
+      T w = squares;
       if (s.correlated != T(0)) {
+        x = p * v;
         w = squares + s.num_gain * (p * p);
         squares = s.num_pole * w;
-        x = p * v;
       }
-      const T c = T(1) + w;
+      T c = T(1) + w;
       if (s.clipped != T(0)) {
         const T size = sizes + s.size_gain * fabs(x);
         sizes = s.size_pole * size;
@@ -109,11 +111,12 @@ struct autosgm : Elementwise {
         x = x < T(0) - most ? T(0) - most : x;
         x = x / c;
       }
-      const T sum = num + s.mu * x;
+      T sum = num + s.mu * x;
       num = s.num_pole * sum;
-      const T bound = s.mu * c;
-      const T o = fabs(sum) > bound ? bound : fabs(sum);
-      terms[0] = double(s.averaged != T(0) ? o : v);
+      sum = fabs(sum);
+      c = s.mu * c;
+      sum = sum > c ? c : sum;
+      terms[0] = double(s.averaged != T(0) ? sum : v);
       terms[1] = terms[0] * terms[0];
     }
 

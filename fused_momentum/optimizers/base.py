@@ -81,10 +81,9 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
-        if not group["momentum"] >= 0.0:
-            raise ValueError(f"Invalid momentum value: {group['momentum']}")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+        for key in ("momentum", "weight_decay"):
+            if key in group and not group[key] >= 0.0:
+                raise ValueError(f"Invalid {key} value: {group[key]}")
         if group["differentiable"]:
             if group["fused"]:
                 raise RuntimeError("`fused` does not support `differentiable`")

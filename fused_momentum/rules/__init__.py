@@ -10,11 +10,12 @@ definition.
 scalar is rounded once to the type that the update computes in. ``update`` is elementwise.
 """
 
+from .autosgm import AUTOSGM
 from .momentum import LOOKAHEAD, VELOCITY
 from .sgd import SGD
 from .sgd_sai import SGD_SAI
 from .table import Kept, Measure, Rule, State
 
-RULES = {rule.name: rule for rule in (SGD, VELOCITY, LOOKAHEAD, SGD_SAI)}
+RULES = {rule.name: rule for rule in (SGD, VELOCITY, LOOKAHEAD, SGD_SAI, AUTOSGM)}
 
 __all__ = ["RULES", "Kept", "Measure", "Rule", "State"]
