@@ -275,6 +275,9 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   read_hyper(grad_multiplier);
   read_state(state);
   tensor_scalars_.clear();
+#ifdef FUSED_MOMENTUM_CUDA
+  cuda_scalars_.clear();
+#endif
   for (int64_t position : first) segments_[position].first = true;
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();

@@ -196,6 +196,11 @@ class Plan {
   bool keeps_lr_ = false;
   int launches_ = 0;
 #ifdef FUSED_MOMENTUM_CUDA
+  template <class F>
+  void on_cuda_devices(const py::function& current_stream,
+                       const std::optional<at::Tensor>& grad_scale,
+                       const std::optional<at::Tensor>& found_inf, F&& f);
+
   std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;
   std::map<int, at::Tensor> cuda_scalars_;  // as tensor_scalars_, by device
 #endif

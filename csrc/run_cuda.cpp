@@ -20,11 +20,23 @@ void raise(const cuda::Status& status) {
   TORCH_CHECK(status.code == 0, "backend='cuda': ", status.message);
 }
 
+// What one device has to do.
+struct Part {
+  cuda::Cuda& cuda;
+  at::Device device;
+  Launch launch;
+  cuda::OnDevice on_device;
+  void* stream;
+  int launches = 0;
+};
+
 }  // namespace
 
-void Plan::run_cuda(const py::function& current_stream, const std::optional<at::Tensor>& grad_scale,
-                    const std::optional<at::Tensor>& found_inf) {
-  launches_ = 0;
+// Calls f for the part of this step on each device.
+template <class F>
+void Plan::on_cuda_devices(const py::function& current_stream,
+                           const std::optional<at::Tensor>& grad_scale,
+                           const std::optional<at::Tensor>& found_inf, F&& f) {
   std::map<int, std::vector<Segment>> by_device;
   for_each_chosen([&](int64_t position) {
     if (segments_[position].numel == 0) return;
@@ -40,18 +52,49 @@ void Plan::run_cuda(const py::function& current_stream, const std::optional<at::
     }
     std::vector<int64_t> tile_ends;
     count_tiles(segments, &tile_ends);
-    const Launch launch = describe_launch(segments, tile_ends);
-    std::vector<at::Tensor> alive;
-    cuda::OnDevice on_device;
-    on_device.grad_scale = scalar_on(grad_scale, device, &alive);
-    on_device.found_inf = scalar_on(found_inf, device, &alive);
-    on_device.lr = lr_.data();
-    on_device.lr_dtype = lr_dtype_.data();
     const auto stream = py::cast<intptr_t>(current_stream(index));
-    int launches = 0;
-    raise(cuda_device->step(launch, on_device, reinterpret_cast<void*>(stream), &launches));
-    launches_ += launches;
+    Part part{*cuda_device,
+              device,
+              describe_launch(segments, tile_ends),
+              {},
+              reinterpret_cast<void*>(stream)};
+    std::vector<at::Tensor> alive;
+    part.on_device.grad_scale = scalar_on(grad_scale, device, &alive);
+    part.on_device.found_inf = scalar_on(found_inf, device, &alive);
+    part.on_device.lr = lr_.data();
+    part.on_device.lr_dtype = lr_dtype_.data();
+    f(part);
+    launches_ += part.launches;
   }
+}
+
+void Plan::measure_cuda(const py::function& current_stream, bool updates,
+                        const std::optional<at::Tensor>& grad_scale,
+                        const std::optional<at::Tensor>& found_inf) {
+  launches_ = 0;
+  on_cuda_devices(current_stream, grad_scale, found_inf, [&](Part& part) {
+    // On the current stream, like the kernels: its memory may be used again as soon as it is free.
+    const auto options = at::TensorOptions(part.device).dtype(at::kDouble);
+    const cuda::Scratch size = cuda::scratch_of(part.launch);
+    const at::Tensor tile_sums = at::empty({size.tile_sums}, options);
+    const at::Tensor found = at::empty({size.tensor_scalars}, options);
+    part.on_device.tensor_scalars = found.mutable_data_ptr<double>();
+    raise(part.cuda.measure(part.launch, part.on_device, updates,
+                            tile_sums.mutable_data_ptr<double>(), part.stream, &part.launches));
+    if (updates) cuda_scalars_[part.device.index()] = found;
+  });
+}
+
+void Plan::run_cuda(const py::function& current_stream, const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf) {
+  if (cuda_scalars_.empty()) launches_ = 0;  // else the kernels that measured count too
+  on_cuda_devices(current_stream, grad_scale, found_inf, [&](Part& part) {
+    const auto found = cuda_scalars_.find(part.device.index());
+    if (found != cuda_scalars_.end())
+      part.on_device.tensor_scalars = found->second.mutable_data_ptr<double>();
+    raise(part.cuda.step(part.launch, part.on_device, part.stream, &part.launches));
+  });
+  cuda_scalars_.clear();
   finish();
 }
 

@@ -6,6 +6,7 @@ there is no extension. Same methods, same errors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,8 @@ class Walk:
         self._left: set[str] = set()
         self._items: list[Item] = []
         self._updates: dict[int, reference.Update] = {}  # measured already, by position
-        self._settled: dict[int, list[int]] = {}  # by position: which kept numbers were
+        # By position: the kept numbers that were. Holding them, no new ones take their identity.
+        self._settled: dict[int, list[torch.Tensor | None]] = {}
         self._params: list[tuple[torch.Tensor, int]] = []
         self._rows: dict[tuple[int, int], int] = {}  # of a group, at a step of a tensor
         self._hyper: list[list[float]] = []
@@ -156,15 +158,18 @@ class Walk:
         return [
             item.position
             for item in self._items
-            if item.param.numel()
-            and self._settled.get(item.position) != [id(tensor) for tensor in item.kept]
+            if item.param.numel() and not self._is_settled(item)
         ]
+
+    def _is_settled(self, item: Item) -> bool:
+        held = self._settled.get(item.position)
+        return held is not None and all(map(operator.is_, held, item.kept))
 
     def settle(self, positions: Sequence[int]) -> None:
         """These have nothing left to measure while their kept numbers are the same tensors."""
         for item in self._items:
             if item.position in positions:
-                self._settled[item.position] = [id(tensor) for tensor in item.kept]
+                self._settled[item.position] = item.kept
 
     def kept(self, position: int) -> tuple[list[torch.Tensor | None], list[float]]:
         """The kept numbers of a tensor of this step, and its hyper-parameters."""

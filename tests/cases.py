@@ -55,23 +55,62 @@ def switches(rule):
     ]
 
 
+def _words(rule):
+    """Values of those hyper-parameters that are words; together, the rows show every word."""
+    rows = range(max(map(len, rule.choices.values()), default=1))
+    return [{key: words[k % len(words)] for key, words in rule.choices.items()} for k in rows]
+
+
+# A rule that makes its numbers of other settings has rows of those; the first shows every state.
+_AUTOSGM = {
+    "lr": 0.1,
+    "lr_cfg": (True, 0.1, 2),
+    "beta_cfg": (0.7, 0.6, 0.9, 0.3, 0, True),
+    "rc_cfg": (1, 0, 0.1, 2, 0, 3, 1, 1, 0),
+    "wd_cfg": (0.05, 1),
+    "eps_cfg": (1e-3,),
+    "compat": "fixed",
+}
+SETTINGS = {
+    "autosgm": {
+        "": _AUTOSGM,
+        "unity": _AUTOSGM
+        | {"lr_cfg": (True, 0.1, 0), "beta_cfg": (0.7, 0.6, 0, 0, 1, False), "compat": "v1"},
+        "moment": _AUTOSGM | {"lr_cfg": (True, 0.1, 3), "wd_cfg": (0.05, 0)},
+        "limited": _AUTOSGM | {"lr_cfg": (True, 0.1, 4), "beta_cfg": (0.99, 0.6, 0.9, -1, 0, True)},
+    }
+}
+
+
+def accepted(cls, **keywords):
+    """Those of torch's keywords that the class has."""
+    return {key: keywords[key] for key in inspect.signature(cls).parameters if key in keywords}
+
+
 def _variants():
-    """Every rule, with every combination of its switches."""
+    """Every rule, with every combination of its switches, and with every one of its words."""
     for rule in RULES.values():
+        if rule.read is not None:
+            continue
         values = {key: VALUES.get(key, OTHER_VALUE) for key in rule.hyper}
-        keys = switches(rule)
-        for setting in itertools.product([False, True], repeat=len(keys)):
-            on = [key for key, value in zip(keys, setting, strict=True) if value]
+        keys, (words, *others) = switches(rule), _words(rule)
+        settings = [
+            words | dict(zip(keys, setting, strict=True))
+            for setting in itertools.product([False, True], repeat=len(keys))
+        ]
+        for setting in settings + [settings[0] | other for other in others]:
             # The plain one bears the rule's name.
-            yield (
-                "-".join([rule.name, *on]),
-                Variant(rule.name, values | dict(zip(keys, setting, strict=True))),
-            )
+            on = [key for key in keys if setting[key]]
+            changed = [setting[key] for key in words if setting[key] != words[key]]
+            yield "-".join([rule.name, *on, *changed]), Variant(rule.name, values | setting)
+    for name, rows in SETTINGS.items():
+        for key, settings in rows.items():
+            yield "-".join(filter(None, [name, key])), Variant(name, settings)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule and a value for each of its hyper-parameters."""
+    """A rule and a value for each of its hyper-parameters, or settings that it makes them of."""
 
     name: str
     hyper: dict
@@ -84,6 +123,11 @@ class Variant:
 VARIANTS = dict(_variants())
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+# Rules whose step is one elementwise pass are functions too.
+OP_RULES = {name: rule for name, rule in RULES.items() if name in fused_momentum.ops.__all__}
+OP_VARIANTS = {name: variant for name, variant in VARIANTS.items() if variant.name in OP_RULES}
+op_rules = pytest.mark.parametrize("rule", OP_RULES.values(), ids=OP_RULES)
+op_variants = pytest.mark.parametrize("variant", OP_VARIANTS.values(), ids=OP_VARIANTS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 levels = pytest.mark.parametrize("level", LEVELS)
 compiled = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
@@ -284,15 +328,33 @@ def differing(run, other):
     ]
 
 
-def update(backend, rule, streams, hyper, *, first=False, maximize=False):
-    """One update of given streams p, g, states, in place, by a back-end without an optimizer."""
-    if backend == "reference":
+def update(backend, rule, streams, hyper, *, first=False, maximize=False, kept=None):
+    """One update of given streams p, g, states, in place, by a back-end without an optimizer.
+
+    A rule that is no function is updated by its class; the numbers that it keeps are in ``kept``.
+    """
+    moved = [t.to(device_of(backend)) for t in streams]
+    if rule.name not in OP_RULES:
+        _update_by_class(backend, rule, moved, hyper, maximize, {} if kept is None else kept)
+    elif backend == "reference":
         sign = -1.0 if maximize else 1.0
-        p, g, *states = streams
+        p, g, *states = moved
         reference.update(rule, p, g, states, hyper.values(), grad_multiplier=sign, first=first)
     else:
         op = getattr(fused_momentum.ops, f"{rule.name}_")
-        moved = [t.to(device_of(backend)) for t in streams]
         op(*([t] for t in moved), **hyper, first=first, maximize=maximize)
-        for t, result in zip(streams, moved, strict=True):
-            t.copy_(result)
+    for t, result in zip(streams, moved, strict=True):
+        t.copy_(result)
+
+
+def _update_by_class(backend, rule, streams, hyper, maximize, kept):
+    values, grad, *states = streams
+    p = Parameter(values)
+    p.grad_dtype = None  # a gradient may have another dtype
+    p.grad = grad
+    optimizer = CLASSES[rule.name]([p], lr=1.0, backend=backend)
+    optimizer.param_groups[0].update(hyper, maximize=maximize)
+    names = [s.name for s in rule.states]
+    optimizer.state[p] = dict(zip(names, states, strict=True)) | kept
+    optimizer.step()
+    kept.update((key, t) for key, t in optimizer.state[p].items() if key not in names)

@@ -5,13 +5,17 @@ import torch
 from torch.nn import Module, Parameter
 from twin import HEAVY, STEPS
 
-from fused_momentum import FusedMomentum, FusedNAG, FusedSGD
+from fused_momentum import FusedAutoSGM, FusedMomentum, FusedNAG, FusedSGD, FusedSGDSaI
 
 CLASSICAL = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
 SUBJECTS = {
     "sgd": (FusedSGD, HEAVY),
     "momentum": (FusedMomentum, CLASSICAL),
     "nag": (FusedNAG, CLASSICAL),
+    "sgd_sai": (FusedSGDSaI, CLASSICAL),
+    "autosgm": (FusedAutoSGM, {"lr": 0.1, "rc_cfg": (1, 0, 0.1, 2, 1, 2, 2, 1, 0)}),
+    "autosgm_clipped": (FusedAutoSGM, {"lr": 0.1, "lr_cfg": (True, 0.1, 2), "wd_cfg": (0.05, 1)}),
+    "sgd_sai_max": (FusedSGDSaI, CLASSICAL | {"scale": "gsnr_max", "degenerate": "defer"}),
 }
 subjects = pytest.mark.parametrize(("cls", "kwargs"), SUBJECTS.values(), ids=SUBJECTS)
 

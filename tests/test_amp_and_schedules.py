@@ -94,9 +94,15 @@ def test_in_kernel_unscaling_is_on_request_and_survives_pickling(cls, kwargs):
 
 # --- schedulers ------------------------------------------------------------------------------
 
+
+def _cycles(opt):
+    """AutoSGM has no momentum to cycle: its schedulers must be told."""
+    return {"cycle_momentum": "momentum" in opt.defaults}
+
+
 SCHEDULERS = {
-    "one_cycle": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=STEPS + 1),
-    "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=2),
+    "one_cycle": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, STEPS + 1, **_cycles(opt)),
+    "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, 2, **_cycles(opt)),
     "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=STEPS),
     "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.5**step),
 }
@@ -108,7 +114,7 @@ def _train_scheduled(net, opt, schedule):
     scheduler, written = schedule(opt), []
     for step in range(STEPS):
         group = opt.param_groups[0]
-        written.append({"lr": float(group["lr"]), "momentum": group["momentum"]})
+        written.append({key: float(group[key]) for key in ("lr", "momentum") if key in group})
         train(net, opt, [step])
         scheduler.step()
     return written

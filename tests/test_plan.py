@@ -85,7 +85,7 @@ def data_shape(run):
     old = run.params[1].data
     run.params[1].data = old.new_ones(3 * TILE)
     run.params[1].grad = old.new_ones(3 * TILE)
-    for key in _state(run, 1):
+    for key in [s.name for s in run.variant.rule.states if s.name in _state(run, 1)]:
         _state(run, 1)[key] = old.new_ones(3 * TILE)
     return [old]
 
@@ -180,7 +180,11 @@ def learning_rate_and_decay(run):
 @event
 def momentum(run):
     group = run.opt.param_groups[0]
-    group["momentum"] = 0.5 if group["momentum"] == 0 else 0
+    if "beta_cfg" in group:
+        *poles, pole, _, gain, debias = group["beta_cfg"]
+        group["beta_cfg"] = (*poles, 0.5 if pole == 0 else 0, 0, gain, debias)
+    else:
+        group["momentum"] = 0.5 if group["momentum"] == 0 else 0
 
 
 @event

@@ -1,5 +1,6 @@
 """The rules: numbers worked by hand, exact arithmetic, and the two tables side by side."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -18,7 +19,6 @@ from cases import (
     switches,
     update,
     values,
-    variants,
 )
 from torch.nn import Parameter
 
@@ -31,23 +31,45 @@ def test_every_rule_has_its_twin_in_the_extension():
     assert not missing, f"rules without a twin in csrc/rules.h: {missing}"
     assert list(twins) == list(RULES), "csrc/rules.h lists other rules, or another order"
     for rule in RULES.values():
-        twin = twins[rule.name]
-        counts = (twin.hyper, twin.tensor_scalars, twin.states, twin.sums)
-        needed = (len(rule.hyper), len(rule.tensor_scalars), len(rule.states), rule.sums)
-        assert counts == needed, f"{rule.name}: hyper, tensor scalars, states, sums"
+        twin, measure = twins[rule.name], rule.measure
+        ours = [len(rule.hyper), len(rule.tensor_scalars), len(rule.states), len(rule.kept)]
+        ours += [measure.sums, measure.settles] if measure else [0, False]
+        theirs = [twin.hyper, twin.tensor_scalars, twin.states, twin.kept, twin.sums, twin.settles]
+        assert ours == theirs, f"{rule.name}: hyper, tensor scalars, states, kept, sums, settles"
+        assert {k.dtype for k in rule.kept} <= {f"float{8 * twin.kept_itemsize}"}
+
+
+def _arguments(function):
+    return function.__code__.co_varnames[: function.__code__.co_argcount]
 
 
 @rules
 def test_a_row_agrees_with_its_functions(rule):
     assert rule.name in CLASSES, f"no optimizer class has the rule {rule.name}"
-    arguments = rule.hyper + rule.tensor_scalars
-    assert rule.derive.__code__.co_varnames[: rule.derive.__code__.co_argcount] == arguments
-    assert len(rule.derive(*[0.5] * len(arguments))) == len(rule.scalars)
-    names = rule.update.__code__.co_varnames[: rule.update.__code__.co_argcount]
+    states, kept = [s.name for s in rule.states], tuple(k.name for k in rule.kept)
+    numbers = rule.hyper + rule.tensor_scalars + kept
+    assert _arguments(rule.derive) == numbers
+    assert len(rule.derive(*[0.5] * len(numbers))) == len(rule.scalars)
+    names = _arguments(rule.update)
     assert names[:2] == ("p", "g")
-    assert names[2 + len(rule.states) :] == rule.scalars
-    assert len(rule.update(*[0.5] * len(names))) == 1 + len(rule.states) + rule.sums
-    assert {s.when for s in rule.states} <= {None, *rule.hyper}
+    assert names[2 + len(states) :] == rule.scalars
+    assert len(rule.update(*[0.5] * len(names))) == 1 + len(rule.written)
+    assert {s.when for s in (*rule.states, *rule.kept)} <= {None, *rule.hyper}
+    assert set(rule.choices) <= set(rule.hyper)
+    measure = rule.measure
+    for part in (rule, measure) if measure else (rule,):
+        if part.reads is not None:
+            assert _arguments(part.reads) == rule.scalars
+            assert len(part.reads(*[0.5] * len(rule.scalars))) == 2 + len(states)
+    if measure is None:
+        return
+    assert _arguments(measure.terms) == names
+    assert len(measure.terms(*[0.5] * len(names))) == len(measure.writes) + measure.sums
+    assert set(measure.writes) <= set(states)
+    assert _arguments(measure.settled) == rule.hyper + kept
+    settle = _arguments(measure.settle)
+    assert settle[: -measure.sums] == (*rule.hyper, "numel", "updates", *kept)
+    assert len(measure.settle(*[0.5] * len(settle))) == len(rule.tensor_scalars) + len(kept)
 
 
 # --- numbers worked by hand ------------------------------------------------------------------
@@ -68,33 +90,54 @@ def test_numbers_worked_by_hand(rule, backend, dtype):
     for t, (g, *expected) in enumerate(steps):
         p.grad = torch.tensor(g, dtype=dtype, device=device)
         optimizer.step()
-        tensors = [p, *(optimizer.state[p][s.name] for s in rule.states)]
+        held = optimizer.state[p]
+        tensors = [p, *(held[s.name] for s in rule.states if s.name in held)]
         assert [tensor.tolist() for tensor in tensors] == expected, f"step {t}"
 
 
 # --- everything matters ----------------------------------------------------------------------
 
 
-def _train(rule, backend, hyper):
+def _train(rule, backend, hyper, zero_first=False):
     """Bits of parameter and states after three updates, the first of them the first."""
-    p = values((64,), torch.float32, 0).clone()
+    p, kept = values((64,), torch.float32, 0).clone(), {}
     states = [torch.zeros(64) for _ in rule.states]
     for t in range(3):
-        grad = values((64,), torch.float32, t + 1)
-        update(backend, rule, [p, grad, *states], hyper, first=t == 0)
+        grad = values((64,), torch.float32, t + 1).clone()
+        if zero_first and t == 0:
+            grad.zero_()
+        update(backend, rule, [p, grad, *states], hyper, first=t == 0, kept=kept)
     return [bits(tensor) for tensor in (p, *states)]
 
 
+def _others(rule, key, value):
+    """Other values of a hyper-parameter."""
+    if key in rule.choices:
+        return [word for word in rule.choices[key] if word != value]
+    return [not value] if key in switches(rule) else [value * 0.5]
+
+
+# Hyper-parameters that a word leaves without effect; of a single tensor, G is the largest.
+IDLE = {("scale", "sqrt_numel"): {"eps"}, ("scale", "gsnr_max"): {"eps"}}
+
+
+# Those with settings of another kind have this test of their own.
+numbered = pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if not v.rule.read])
+
+
 @backends
-@variants
+@numbered
 def test_every_hyperparameter_matters(variant, backend):
     rule, hyper = variant.rule, variant.hyper
-    base = _train(rule, backend, hyper)
-    assert all(map(torch.equal, base, _train(rule, backend, dict(hyper))))
+    idle = {key for word in hyper.items() for key in IDLE.get(word, ())}
+    base = _train(rule, backend, hyper), _train(rule, backend, hyper, zero_first=True)
+    assert all(map(torch.equal, base[0], _train(rule, backend, hyper)))
     for key, value in hyper.items():
-        other = not value if key in switches(rule) else value * 0.5
-        changed = _train(rule, backend, hyper | {key: other})
-        assert not torch.equal(base[0], changed[0]), f"{key} {value} -> {other} changes nothing"
+        matters = False
+        for other, zero_first in itertools.product(_others(rule, key, value), (False, True)):
+            changed = _train(rule, backend, hyper | {key: other}, zero_first)
+            matters |= not torch.equal(base[zero_first][0], changed[0])
+        assert matters != (key in idle), f"{key}, instead of {value}"
 
 
 @backends
@@ -102,7 +145,8 @@ def test_every_hyperparameter_matters(variant, backend):
 def test_maximize_is_the_negated_gradient(rule, backend):
     results = []
     for sign, maximize in ((1, False), (-1, True), (1, True)):
-        streams = [values((64,), torch.float32, k).clone() for k in range(2 + len(rule.states))]
+        streams = [values((64,), torch.float32, k).clone() for k in range(2)]
+        streams += [values((64,), torch.float32, 2 + k).abs() for k in range(len(rule.states))]
         streams[1] *= sign
         update(backend, rule, streams, VARIANTS[rule.name].hyper, maximize=maximize)
         results.append(bits(streams[0]))
@@ -112,13 +156,16 @@ def test_maximize_is_the_negated_gradient(rule, backend):
 
 @rules
 def test_every_scalar_and_every_stream_matters(rule):
-    """Changing any argument of the rule's function changes one of its results."""
+    """Changing any argument of the rule's functions changes one of their results."""
+    functions = [rule.update, *([rule.measure.terms] if rule.measure else [])]
     names = rule.update.__code__.co_varnames[: rule.update.__code__.co_argcount]
     given = [0.3 + 0.1 * i for i in range(len(names))]
-    base = rule.update(*given)
     for i, name in enumerate(names):
-        changed = [rule.update(*given[:i], new, *given[i + 1 :]) for new in (0.0, given[i] / 2)]
-        assert any(result != base for result in changed), f"{name} changes nothing"
+        assert any(
+            function(*given[:i], new, *given[i + 1 :]) != function(*given)
+            for new in (0.0, given[i] / 2)
+            for function in functions
+        ), f"{name} changes nothing"
 
 
 # --- against exact arithmetic ----------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import (
     CLASSES,
+    accepted,
     backends,
     one_thread,  # noqa: F401  a fixture for every test here
 )
@@ -28,7 +29,8 @@ class Trainer:
     def __init__(self, cls, backend, steps):
         params = [Parameter(torch.ones(size)) for size in ((5,), (2, 3), (4,), (4,))]
         groups = [{"params": params[:1]}, {"params": params[1:]}]
-        self.opt = cls(groups, lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend)
+        more = accepted(cls, momentum=0.9, weight_decay=0.1)
+        self.opt = cls(groups, lr=0.1, backend=backend, **more)
         for p in params:
             p.grad = torch.ones_like(p)
         for _ in range(steps):
@@ -144,7 +146,11 @@ STEP_ERRORS = {
         rf"{BAD} state is on device meta, its parameter on cpu",
     ),
     "text_for_lr": (_hyper(lr="0.1"), TypeError, "lr is a str; needed: a number"),
-    "none_for_momentum": (_hyper(momentum=None), TypeError, "momentum is a NoneType; needed"),
+    "none_for_momentum": (
+        _hyper(momentum=None, beta_cfg=None),
+        TypeError,
+        "(momentum is a NoneType|beta_cfg is None); needed",
+    ),
     "not_a_tensor": (
         lambda t: t.opt.param_groups[1]["params"].__setitem__(1, 1.0),
         TypeError,
@@ -173,7 +179,7 @@ def test_a_meta_model_is_usable_after_to_empty(cls, backend, swap):
     with torch.device("meta"):
         model = torch.nn.Linear(3, 2)
     meta = list(model.parameters())
-    optimizer = cls(meta, lr=0.5, momentum=0, backend=backend)
+    optimizer = cls(meta, lr=0.5, backend=backend, **accepted(cls, momentum=0))
     for p in meta:
         p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=r"\['params'\]\[0\] is on .*meta.*to_empty"):

@@ -18,7 +18,7 @@ NAME = "fused_momentum"
 # Which modules of ours each module may import; a package stands for all in it.
 ARROWS = {
     "_version": set(),
-    "rules": {"rules", "windows"},
+    "rules": {"rules", "checks", "windows"},
     "native": set(),
     "flat": set(),
     "checks": set(),

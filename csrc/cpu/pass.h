@@ -76,11 +76,14 @@ struct Values {
   using Native = std::conditional_t<sizeof(T) == 8, f64, f32>;
   alignas(64) T buffers[kStreams][kSize];
   void* at[kStreams];
+  int zeros[kStreams] = {};  // so many elements of a buffer are zero, and no pass changes that
 
   inline void read(const Segment& segment, int64_t begin, int n, unsigned streams) {
     for (int s = 0; s < kStreams; s++) {
       at[s] = buffers[s];
-      if (segment.data[s] == nullptr || (streams >> s & 1) == 0)
+      if ((streams >> s & 1) == 0)
+        for (; zeros[s] < n; zeros[s]++) buffers[s][zeros[s]] = 0;
+      else if (segment.data[s] == nullptr)
         for (int i = 0; i < n; i++) buffers[s][i] = 0;
       else if (segment.dtype[s] == Native::dtype && segment.layout == nullptr)
         at[s] = static_cast<T*>(segment.data[s]) + begin;

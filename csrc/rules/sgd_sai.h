@@ -17,9 +17,9 @@ struct sgd_sai : Elementwise {
 
   template <class T>
   FM_RULE Scalars<T> derive(const double* hyper, const double* tensor, const double* kept) {
-    const double lr = hyper[0], momentum = hyper[1], weight_decay = hyper[2], first = tensor[0],
-                 gsnr = kept[0], gsnr_max = kept[2];
-    const double rate = lr * (gsnr / gsnr_max);
+    const double lr = hyper[0], momentum = hyper[1], weight_decay = hyper[2], scale = hyper[4],
+                 first = tensor[0], gsnr = kept[0], gsnr_max = kept[2];
+    const double rate = lr * (scale == 1.0 ? gsnr / gsnr_max : gsnr);
     const double gain = 1.0 - momentum * (1.0 - first);
     const double decay = 1.0 - lr * weight_decay;
     return {T(rate), T(momentum), T(gain), T(decay)};

@@ -14,6 +14,51 @@ from .autosgm_config import LearningRate, Smoothing, WeightDecay
 from .base import FusedOptimizer, sgd_keywords
 
 CONFIGS = {"lr_cfg": LearningRate, "beta_cfg": Smoothing, "wd_cfg": WeightDecay}
+READABLE = {
+    "learning_rate": ("lr_cfg", LearningRate, LearningRate.published),
+    "smoothing": ("beta_cfg", Smoothing, Smoothing.published),
+    "window": ("rc_cfg", Window, lambda window: window.rc_cfg),
+    "decay": ("wd_cfg", WeightDecay, WeightDecay.published),
+    "eps": ("eps_cfg", numbers.Real, lambda eps: (eps,)),
+}
+SETTINGS = (*CONFIGS, "rc_cfg", "eps_cfg", "compat")
+
+
+def _published(given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a group with tuples in place of readable names, and with the tuples' rate."""
+    group = {key: value for key, value in given.items() if key not in READABLE}
+    for key, (entry, kind, published) in READABLE.items():
+        value = given.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            raise TypeError(f"{key} is {value!r}; needed: a {kind.__name__}, for {entry}")
+        group[entry] = published(value)
+    for key, config in CONFIGS.items():
+        if key in group:
+            group[key] = config.of(group[key]).published()
+    if "lr_cfg" in group and group.get("lr") is None:
+        group["lr"] = group["lr_cfg"][1]
+    return group
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError where a tuple of a group, or its ``compat``, is wrong."""
+    for key, config in CONFIGS.items():
+        config.of(group[key])
+    if group["compat"] not in ("fixed", "v1"):
+        raise ValueError(f"compat={group['compat']!r} is not one of ['fixed', 'v1']")
+    Window.from_rc_cfg(group["rc_cfg"], group["compat"])
+    eps_cfg = group["eps_cfg"]
+    if not isinstance(eps_cfg, tuple | list):
+        raise TypeError(f"eps_cfg is {eps_cfg!r}; needed: a tuple (eps,)")
+    if len(eps_cfg) != 1:
+        raise ValueError(f"eps_cfg has {len(eps_cfg)} entries, {eps_cfg!r}; needed: a tuple (eps,)")
+    (eps,) = eps_cfg
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps_cfg[0], eps, is {eps!r}; needed: a number, 0 or more")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"eps_cfg[0], eps, is {eps!r}; needed: a number, 0 or more")
 
 
 class FusedAutoSGM(FusedOptimizer):
@@ -40,9 +85,11 @@ class FusedAutoSGM(FusedOptimizer):
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, or dicts of groups; as for ``FusedSGD``.
+        lr: the learning rate, a number or a tensor of one element, 0 or more; in place of lr_init.
         lr_cfg: (aoptlr, lr_init, num_lrc), or give ``learning_rate``, a ``LearningRate``.
         beta_cfg: (beta_n, beta_a, beta_i, gamma_i, eta_i, debias), or ``smoothing``.
-        rc_cfg: (rcm, inseq, x, n, m, tau, spe, cfact, e), or ``window``, a ``Window``.
+        rc_cfg: (rcm, inseq, x, n, m, tau, spe, cfact, e), or ``window``, a ``Window``
+            (whose ``compat`` is the optimizer's).
         wd_cfg: (wd_cte, wd_lvl), or ``decay``, a ``WeightDecay``.
         eps_cfg: (eps,), or ``eps``: 0 or more.
         maximize: ascend along the gradient; the decay still shrinks the weights.
@@ -59,8 +106,9 @@ class FusedAutoSGM(FusedOptimizer):
         state_dtype, flatten, backend, capturable, fused, foreach, differentiable: as ``FusedSGD``;
             learning rates are read on the host.
 
-    Group keys are the tuples, ``lr`` and ``compat``; all are read at every step. ``lr`` begins as
-    lr_init and is what acts, so torch's schedulers do. Parameters and states are changed in place,
+    Group keys are the tuples, ``lr`` and ``compat``; all are read at every step. A group given as a
+    dict may have readable names too. ``lr`` begins as lr_init and is what acts, so torch's
+    schedulers do. Parameters and states are changed in place,
     gradients never. State, only what the settings need: ``grad_smooth``, ``grad_var``,
     ``numerator``, ``weight_square``, ``product_size`` (of the parameter's shape, float32 by
     default), ``lr_num``, ``step_norm``, ``step_spread`` (0-dim float64) and ``step`` (0-dim, CPU).
@@ -87,6 +135,7 @@ class FusedAutoSGM(FusedOptimizer):
         self,
         params: ParamsT,
         *,
+        lr: float | torch.Tensor | None = None,
         lr_cfg: tuple = (True, 1e-2, 0),
         beta_cfg: tuple = (0.9999, 0.999, 0.9, 0.0, 0, True),
         rc_cfg: tuple = (0, 0, 0, 2, 1, 1000, 1, 1, 0),
@@ -107,43 +156,45 @@ class FusedAutoSGM(FusedOptimizer):
         flatten: bool | str = False,
         backend: str = "auto",
     ):
-        learning_rate = learning_rate or LearningRate.of(lr_cfg)
-        defaults = {
-            "lr": learning_rate.rate,
-            "lr_cfg": learning_rate.published(),
-            "beta_cfg": (smoothing or Smoothing.of(beta_cfg)).published(),
-            "rc_cfg": rc_cfg if window is None else window.rc_cfg,
-            "wd_cfg": (decay or WeightDecay.of(wd_cfg)).published(),
-            "eps_cfg": eps_cfg if eps is None else (eps,),
-            "compat": compat,
-            **sgd_keywords(maximize, foreach, differentiable, fused, capturable),
-        }
+        defaults = _published(
+            {
+                "lr": lr,
+                "lr_cfg": lr_cfg,
+                "beta_cfg": beta_cfg,
+                "rc_cfg": rc_cfg,
+                "wd_cfg": wd_cfg,
+                "eps_cfg": eps_cfg,
+                "compat": compat,
+                "learning_rate": learning_rate,
+                "smoothing": smoothing,
+                "window": window,
+                "decay": decay,
+                "eps": eps,
+                **sgd_keywords(maximize, foreach, differentiable, fused, capturable),
+            }
+        )
         super().__init__(
             params, defaults, backend=backend, flatten=flatten, state_dtype=state_dtype
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for key, config in CONFIGS.items():
-            config.of(group[key])
-        if group["compat"] not in ("fixed", "v1"):
-            raise ValueError(f"compat={group['compat']!r} is not one of ['fixed', 'v1']")
-        Window.from_rc_cfg(group["rc_cfg"], group["compat"])
-        eps_cfg = group["eps_cfg"]
-        if not isinstance(eps_cfg, tuple | list) or len(eps_cfg) != 1:
-            raise ValueError(f"eps_cfg is {eps_cfg!r}; needed: a tuple (eps,)")
-        if isinstance(eps_cfg[0], bool) or not isinstance(eps_cfg[0], numbers.Real):
-            raise TypeError(f"eps_cfg[0] is {eps_cfg[0]!r}; needed: a number, 0 or more")
-        if not eps_cfg[0] >= 0.0:
-            raise ValueError(f"eps_cfg[0] is {eps_cfg[0]!r}; needed: a number, 0 or more")
+        _check_settings(group)
+
+    def _forget_plan(self) -> None:
+        super()._forget_plan()
+        self._checked: list[tuple] = []  # by group: settings that were found to be right
+
+    def _plan_step(self, params: list[torch.Tensor] | None, updates: bool = True) -> bool:
+        settings = [tuple(map(group.get, SETTINGS)) for group in self.param_groups]
+        if settings != self._checked:
+            for group in self.param_groups:
+                _check_settings(group)
+            self._checked = settings
+        return super()._plan_step(params, updates)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its ``lr`` is that of its ``lr_cfg``, unless it has one itself."""
+        """Add a group, with tuples or readable names; its lr_init is its ``lr`` if it has none."""
         if isinstance(param_group, dict):
-            param_group = dict(param_group)
-            for key, config in CONFIGS.items():
-                if key in param_group:
-                    param_group[key] = config.of(param_group[key]).published()
-            if "lr_cfg" in param_group:
-                param_group.setdefault("lr", LearningRate.of(param_group["lr_cfg"]).rate)
+            param_group = _published(param_group)
         super().add_param_group(param_group)

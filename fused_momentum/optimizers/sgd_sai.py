@@ -32,8 +32,9 @@ class FusedSGDSaI(FusedOptimizer):
         momentum: fraction of the buffer that is kept per step, from 0 to below 1.
         eps: added to the standard deviation, 0 or more, in units of the gradient.
         weight_decay: fraction of the parameter that a step takes away, over lr; 0 or more.
-        scale: "gsnr" is G as above; "gsnr_max" divides it by the largest G that tensors of such
-            groups have; "sqrt_numel" is ``sqrt(n)``, whatever the gradient.
+        scale: "gsnr" is G as above; "gsnr_max" divides it by the largest G of all tensors of such
+            groups measured so far (call ``initialise`` before a first ``step_params``);
+            "sqrt_numel" is ``sqrt(n)``, whatever the gradient.
         degenerate: what to do where std says nothing. "bound": a first gradient that is constant,
             not finite or of one element gives ``sqrt(max(n - 1, 1))``. "defer": the same, until the
             first gradient that is none of these is measured. In both, an all-zero gradient is no

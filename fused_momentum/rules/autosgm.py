@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 
+from ..checks import number_of
 from ..windows import Window
 from .functions import absolute, div, sqrt, where, widen
 from .table import Kept, Measure, Rule, State
@@ -55,7 +56,7 @@ def read_autosgm(group: dict, t: int) -> tuple[float, ...]:
     beta_n, beta_a, beta, gamma, eta, debiased = group["beta_cfg"]
     wd, decoupled = group["wd_cfg"]
     eps = float(group["eps_cfg"][0])
-    mu = float(group["lr"])
+    mu = number_of(group, "lr")
     if estimates and v1:
         mu = ctypes.c_float(mu).value
     measured = (0 if v1 and numerator == 4 else numerator) if estimates else 0
@@ -102,7 +103,7 @@ def read_autosgm(group: dict, t: int) -> tuple[float, ...]:
 def derive_autosgm(
     shift, wd, smoothed, gain, pole, lead, debias, normalized, offset, var_gain, var_pole,
     var_debias, eps, decay, rate, averaged, correlated, clipped, mu, num_gain, num_pole, size_gain,
-    size_pole, limited, first, shrink, lr_num, norm, spread,
+    size_pole, limited, first, shrink, lr_num, step_norm, step_spread,
 ):  # fmt: skip
     rate = rate * where(averaged != 0.0, lr_num, where(limited != 0.0, shrink, 1.0))
     return (
@@ -214,25 +215,25 @@ def reads_numerator_terms(
 def settle_autosgm(
     shift, wd, smoothed, gain, pole, lead, debias, normalized, offset, var_gain, var_pole,
     var_debias, eps, decay, rate, averaged, correlated, clipped, mu, num_gain, num_pole, size_gain,
-    size_pole, limited, numel, updates, lr_num, norm, spread, total, other,
+    size_pole, limited, numel, updates, lr_num, step_norm, step_spread, total, other,
 ):  # fmt: skip
     # Numerators 1 to 3 have summed what lr_num follows, numerator 4 the step.
     lr_num = where(averaged != 0.0, div(lr_num + 9.0 * div(total, numel), 10.0), lr_num)
-    norm_now = num_pole * norm + num_gain * sqrt(other)
+    norm_now = num_pole * step_norm + num_gain * sqrt(other)
     away = other - 2.0 * norm_now * total + numel * norm_now * norm_now
     distance = sqrt(where(away > 0.0, away, 0.0)) + eps
-    spread_now = num_pole * spread + num_gain * (distance * distance)
+    spread_now = num_pole * step_spread + num_gain * (distance * distance)
     most = 4.0 * (sqrt(spread_now) + eps)
     shrink = where(distance > most, div(most, distance), 1.0)
-    norm = where(limited != 0.0, norm_now, norm)
-    spread = where(limited != 0.0, spread_now, spread)
-    return 0.0, shrink, lr_num, norm, spread
+    step_norm = where(limited != 0.0, norm_now, step_norm)
+    step_spread = where(limited != 0.0, spread_now, step_spread)
+    return 0.0, shrink, lr_num, step_norm, step_spread
 
 
 def settled_autosgm(
     shift, wd, smoothed, gain, pole, lead, debias, normalized, offset, var_gain, var_pole,
     var_debias, eps, decay, rate, averaged, correlated, clipped, mu, num_gain, num_pole, size_gain,
-    size_pole, limited, lr_num, norm, spread,
+    size_pole, limited, lr_num, step_norm, step_spread,
 ):  # fmt: skip
     return where((averaged != 0.0) | (limited != 0.0), 0.0, 1.0)
 
@@ -268,6 +269,18 @@ AUTOSGM = Rule(
         writes=("numerator", "weight_square", "product_size"),
     ),
     read=read_autosgm,
+    worked=(
+        {
+            "lr_cfg": (True, 0.5, 0),
+            "beta_cfg": (0.5, 0.75, 0.5, -1, 1, False),
+            "rc_cfg": (2, 0, 0, 1, 1, 2, 1, 1, 0),  # 1, then a half
+            "wd_cfg": (0.5, 1),
+            "eps_cfg": (0,),
+        },
+        (None, [0.0, 4.0]),
+        ([2.0, -2.0], [-0.25, 4.0], [3.0, -3.0], [3.0, 3.0]),
+        ([1.0, -1.0], [-0.4921875, 4.125], [3.0, -3.0], [3.0, 3.0]),
+    ),
     formula="v = LPF(g) / (sqrt(LPF((g + eps)^2)) + eps);  p = p - f_t a v",
     source="Somefun, AutoSGM, ICASSP 2024",
 )

@@ -12,7 +12,7 @@ from .table import Kept, Measure, Rule, State
 def derive_sgd_sai(
     lr, momentum, weight_decay, eps, scale, degenerate, first, gsnr, stage, gsnr_max
 ):
-    rate = lr * div(gsnr, gsnr_max)
+    rate = lr * where(scale == 1.0, div(gsnr, gsnr_max), gsnr)
     gain = 1.0 - momentum * (1.0 - first)
     decay = 1.0 - lr * weight_decay
     return rate, momentum, gain, decay
