@@ -1,4 +1,5 @@
-# make test | bench | examples | gpu | lint | format | clean: each makes the environment that it needs.
+# make test | bench | bench-check | figures | examples | gpu | lint | format | clean: each makes the
+# environment that it needs.
 #
 #   make test                                 everything in .venv, versions of constraints.txt
 #   make test VENV= PYTHON=/path/to/python    that interpreter as it is: no download, works offline
@@ -33,7 +34,7 @@ CPP_FILES = find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.
 LINKED := $(shell cd / && $(PY) -c "import json; from importlib.metadata import distribution; print(json.loads(distribution('fused_momentum').read_text('direct_url.json'))['url'][7:])" 2>/dev/null)
 
 export PATH := $(dir $(PY)):$(PATH)
-.PHONY: test bench examples gpu lint format clean FORCE
+.PHONY: test bench bench-check figures examples gpu lint format clean FORCE
 .NOTPARALLEL:
 # A stamp is void where the environment links to no checkout, or to another one.
 ifneq ($(LINKED),$(CURDIR))
@@ -46,8 +47,21 @@ test: $(EXTENSION)
 bench: $(EXTENSION)
 	$(PY) -m bench.run $(BENCH_ARGS)
 
+# Counts the instructions of a step under valgrind, and compares with those committed.
+bench-check: $(EXTENSION)
+	$(PY) -m bench.instructions $(BENCH_ARGS)
+
+# From the CSV files in bench/results, whatever machine they are from: the figures, the summary
+# beside them and the table of README.md.
+figures: $(EXTENSION)
+	$(PY) -m bench.figures
+	$(PY) -m bench.summary
+
 examples: $(EXTENSION)
 	for example in examples/*.py; do $(PY) $$example || exit 1; done
+
+GPU_TESTS := tests/test_gpu.py tests/test_gpu_sgd_sai.py
+GPU_TOO := tests/test_parity.py tests/test_rules.py tests/test_sgd_sai.py tests/test_sgd_sai_bugs.py
 
 # On a GPU machine, offline, with its own Python and torch: builds, tests, benches; commit what it
 # leaves in bench/results. DRY=1 stops where a GPU would be needed.
@@ -55,13 +69,15 @@ gpu:
 ifdef DRY
 	$(MAKE) VENV=$(VENV) $(EXTENSION)
 	$(PY) -c "import fused_momentum as fm; print(*fm.backends(), sep='\n')"
-	$(PY) -m pytest --collect-only -q -m gpu tests/test_gpu.py
-	@echo "on a GPU: test_gpu.py, test_parity.py, test_rules.py, compute-sanitizer, bench.run"
+	$(PY) -m pytest --collect-only -q -m gpu $(GPU_TESTS)
+	$(PY) -m bench.run --help > /dev/null
+	@echo "on a GPU: $(GPU_TESTS) $(GPU_TOO), compute-sanitizer, bench.run, bench.summary"
 else
 	FUSED_MOMENTUM_CUDA=1 $(MAKE) VENV= $(EXTENSION)
-	$(PYTHON_PATH) -m pytest tests/test_gpu.py tests/test_parity.py tests/test_rules.py
+	$(PYTHON_PATH) -m pytest $(GPU_TESTS) $(GPU_TOO)
 	compute-sanitizer --error-exitcode 1 $(PYTHON_PATH) -m pytest -q tests/test_rules.py
-	$(PYTHON_PATH) -m bench.run --device cuda
+	$(PYTHON_PATH) -m bench.run --device cuda --seconds 900
+	$(PYTHON_PATH) -m bench.summary
 endif
 
 lint: $(LINTERS)

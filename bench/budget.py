@@ -1,22 +1,32 @@
-"""How the time of a run is shared among its cases."""
+"""How the time of a run is shared among its cases, and who is too slow for it."""
 
+import contextlib
 import time
 
+from bench.cases import Shapes, numel
+from bench.providers import Provider
+from bench.timing import MIN_ROUNDS
+
 CASE_SHARE = 0.04  # a case gets no more of the time, unless its least number of rounds needs it
+PEER_SHARE = 0.2  # of the time: what one peer may take of it in one case
+COMPILE_SHARE = 0.25  # of the time may go into compiling peers
+STEPS = MIN_ROUNDS + 5  # that a provider takes at least: the gate's, one to warm up, one counted
 LARGE = 2**16  # elements a tensor from which elements and not tensors decide the time
 
 
 class Budget:
-    """Shares the remaining time among the remaining cases and says which case is too long.
+    """Shares the remaining time among the remaining cases and says what is too long.
 
-    The least time of a case (set-up, gate, the least number of rounds) is predicted from seconds an
-    element and seconds a tensor. Both begin as a guess and are learned from the cases that ran.
+    A provider's step is predicted from seconds an element and seconds a tensor, compiling it from
+    seconds a tensor. All begin as a guess and are learned from the cases that ran.
     """
 
     def __init__(self, seconds: float, cases: int):
         self.deadline, self.cases = time.monotonic() + seconds, cases
-        self.most = CASE_SHARE * seconds
-        self.per_element, self.per_tensor = 2e-7, 1e-3
+        self.most, self.most_of_a_peer = CASE_SHARE * seconds, PEER_SHARE * seconds
+        self.costs: dict[str, list[float]] = {}  # of each provider: an element's, a tensor's
+        self.compile_most, self.compiled = COMPILE_SHARE * seconds, 0.0
+        self.compile_per_tensor = 0.2
 
     def take(self) -> float:
         """Seconds for the next case."""
@@ -26,18 +36,48 @@ class Budget:
 
     def remaining(self) -> float:
         """Seconds until the end of the budget."""
-        return self.deadline - time.monotonic()
+        return max(self.deadline - time.monotonic(), 0.0)
 
-    def too_long(self, elements: int, tensors: int) -> str:
-        """Why a case of this size does not fit, or an empty string."""
-        least, left = elements * self.per_element + tensors * self.per_tensor, self.remaining()
-        return (
-            "" if least <= left else f"skipped: needs about {least:.0f} s of {max(left, 0):.0f} s"
-        )
+    def step(self, provider: Provider, shapes: Shapes) -> float:
+        """Seconds that a step of `provider` will probably take."""
+        an_element, a_tensor = self.costs.get(provider.name, (2e-9, 1e-5))
+        return numel(shapes) * an_element + len(shapes) * a_tensor
 
-    def learn(self, elements: int, tensors: int, seconds: float) -> None:
-        """Take note of the time that a case needed until its least number of rounds was done."""
-        if elements >= LARGE * tensors:
-            self.per_element = seconds / elements
+    def learn(self, provider: Provider, shapes: Shapes, seconds: float) -> None:
+        """Take note of how long a step of `provider` took."""
+        costs = self.costs.setdefault(provider.name, [2e-9, 1e-5])
+        if numel(shapes) >= LARGE * len(shapes):
+            costs[0] = seconds / numel(shapes)
         else:
-            self.per_tensor = seconds / tensors
+            costs[1] = seconds / len(shapes)
+
+    def too_long(self, running: list[Provider], shapes: Shapes, dtypes: int) -> str:
+        """Why a case does not fit, without the peers that are refused; or an empty string."""
+        running = [p for p in running if not self.refuse(p, shapes, dtypes)]
+        least = STEPS * dtypes * sum(self.step(provider, shapes) for provider in running)
+        return "" if least <= self.remaining() else self._reason(least, self.remaining())
+
+    def refuse(self, provider: Provider, shapes: Shapes, dtypes: int) -> str:
+        """Why a peer does not fit into a case, or an empty string."""
+        if provider.is_ours:
+            return ""
+        if provider.compiles:
+            need, left = len(shapes) * self.compile_per_tensor, self.compile_most - self.compiled
+            if need > left:
+                return self._reason(need, max(left, 0.0), " for compiling")
+        need = STEPS * dtypes * self.step(provider, shapes)
+        return "" if need <= self.most_of_a_peer else self._reason(need, self.most_of_a_peer)
+
+    @staticmethod
+    def _reason(need: float, left: float, what: str = "") -> str:
+        return f"skipped: needs about {need:.3g} s{what}, of {left:.3g} s"
+
+    @contextlib.contextmanager
+    def compiling(self, provider: Provider, shapes: Shapes):
+        """Take note of how long a provider took that compiles."""
+        begin = time.monotonic()
+        yield
+        if provider.compiles:
+            seconds = time.monotonic() - begin
+            self.compiled += seconds
+            self.compile_per_tensor = seconds / len(shapes)

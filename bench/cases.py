@@ -81,6 +81,11 @@ def lora(width: int, layers: int, rank: int) -> Shapes:
     return layers * 4 * [(rank, width), (width, rank)]
 
 
+def small(shapes: Shapes) -> Shapes:
+    """The vectors of a model: norms and biases."""
+    return [shape for shape in shapes if len(shape) == 1]
+
+
 # In the order of a run: the cases with bars first. The last are skipped where memory or time does
 # not suffice.
 CASES: dict[str, Callable[[], Shapes]] = {
@@ -93,11 +98,14 @@ CASES: dict[str, Callable[[], Shapes]] = {
     "500_mixed": mixed,
     "vit_b16": lambda: vit(768, 12),
     "gpt2_124m": lambda: gpt2(768, 12),
+    "gpt2_124m_small": lambda: small(gpt2(768, 12)),
+    "vit_s16": lambda: vit(384, 12),
     "10x16M": lambda: uniform(10, 16 * MI),
     "200x1M": lambda: uniform(200, MI),
     "3000x3500": lambda: uniform(3000, 3500),
     "lora_7b": lambda: lora(4096, 32, 16),
     "vit_l16": lambda: vit(1024, 24),
+    "vit_h14": lambda: vit(1280, 32, patch=14),
     "llama_1b": lambda: llama(2048, 16, 8192, 128_256, kv=512, tied=True),
     "gpt2_xl": lambda: gpt2(1600, 48),
     "1x2G": lambda: uniform(1, 2**31 + 8),

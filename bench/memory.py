@@ -1,24 +1,33 @@
-"""Memory: what is available, what one step allocates, and what a tensor costs besides its state."""
+"""Memory: what is available, what each optimizer holds and needs, what a tensor costs besides."""
 
 import contextlib
+import gc
+import io
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import accumulate
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from bench.providers import FUSED, OURS, build, make
+from bench.arena import build
+from bench.cases import CASES, numel
+from bench.counts import allocations
+from bench.providers import FUSED, OURS, RULES, Provider, bytes_moved, chosen, first_line, torch_sgd
 
+CASE = "resnet50"
 NUMEL = 32  # 128 bytes in fp32: one aligned segment, so that no padding is counted
 DICT_ONLY = "a dict and a view"
-PROVIDERS = (OURS, DICT_ONLY, FUSED)
+PER_TENSOR = (OURS, DICT_ONLY, FUSED)
 
 
 def available(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
+    gc.collect()  # optimizers are often part of a cycle
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
@@ -31,42 +40,103 @@ def available(device: torch.device) -> int:
     return free
 
 
-@contextlib.contextmanager
-def quiet_stderr():
-    """Drop what native code writes to stderr: the profiler announces itself there."""
-    saved = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+# --- each optimizer --------------------------------------------------------------------------
 
 
-def step_memory(step, device: torch.device) -> tuple[int, int]:
-    """Tensor allocations of one step and the peak of their bytes.
+@dataclass(frozen=True)
+class Mode:
+    """A way to use an optimizer; `state_size` are the bytes of an element of its states."""
 
-    From the allocator's own events, so allocations in C++ count too; plain malloc does not.
-    """
-    if device.type == "cuda":
-        return _cuda_step_memory(step, device)
-    with quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return sum(size > 0 for size in sizes), max(accumulate(sizes), default=0)
+    rule: str
+    provider: Provider
+    name: str = ""
+    dtype: torch.dtype = torch.float32
+    state_size: int = 4
+    options: dict = field(default_factory=dict)
 
 
-def _cuda_step_memory(step, device: torch.device) -> tuple[int, int]:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before, start = torch.cuda.memory_stats(device), torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    count = "allocation.all.allocated"
-    allocations = torch.cuda.memory_stats(device)[count] - before[count]
-    return allocations, torch.cuda.max_memory_allocated(device) - start
+def modes(rules: list[str], peers: list[str] | None) -> list[Mode]:
+    """Every provider of the rules in fp32, and our SGD and torch's in their other modes."""
+    found, seen = [], set()
+    for rule in rules:
+        for provider in chosen(RULES[rule], peers):
+            # torch's optimizers occur in several rules.
+            key = (provider.name, "" if provider.module == "torch" else rule)
+            if key not in seen and not provider.compiles:
+                found.append(Mode(rule, provider))
+                seen.add(key)
+    more = [mode for mode in found if mode.rule == "sgd" and mode.provider.name in (OURS, FUSED)]
+    for mode in more:
+        size = 4 if mode.provider.is_ours else 2  # torch keeps states in the parameters' dtype
+        found.append(Mode("sgd", mode.provider, "bf16 parameters", torch.bfloat16, size))
+        if mode.provider.is_ours:
+            half = {"state_dtype": torch.bfloat16}
+            found += [
+                Mode("sgd", mode.provider, "bf16 parameters and state", torch.bfloat16, 2, half),
+                Mode("sgd", mode.provider, "flatten", options={"flatten": True}),
+                Mode("sgd", mode.provider, "flatten grads", options={"flatten": "grads"}),
+            ]
+    return found
+
+
+def mode_row(mode: Mode, device: torch.device, reason: str = "") -> dict:
+    """What the optimizer holds after two steps, and what its steps need besides for a moment."""
+    shapes, provider = CASES[CASE](), mode.provider
+    elements, states = numel(shapes), provider.states
+    second_pass = provider.second_pass
+    state_dtype = {2: torch.bfloat16, 4: torch.float32}[mode.state_size]
+    head = {
+        "rule": mode.rule,
+        "provider": provider.name,
+        "mode": mode.name,
+        "case": CASE,
+        "elements": elements,
+        "state_per_param_on_paper": states * mode.state_size,
+        "moved_per_param_on_paper": bytes_moved(1, mode.dtype, [state_dtype] * states, second_pass),
+    }
+    if reason := provider.absent(device) or reason:
+        return head | {"status": reason}
+
+    def train(steps: int) -> tuple:
+        # Nobody else holds the gradients: flat ones replace them.
+        params = [torch.full(shape, 0.1, dtype=mode.dtype, device=device) for shape in shapes]
+        for param in params:
+            param.grad = torch.full_like(param, 0.01)
+        optimizer = provider.make(params, **mode.options)
+        for _ in range(steps):
+            optimizer.step()
+        return params, optimizer
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # sgd-sai reports its first step there
+            before, after = (allocations(lambda n=n: train(n), device) for n in (0, 2))
+            _, optimizer = train(2)
+            steady = allocations(optimizer.step, device)
+    except Exception as error:  # a peer may refuse in whatever way it likes
+        if provider.is_ours:
+            raise
+        return head | {"status": f"refused: {first_line(error)}"}
+    held = after.left - before.left
+    return head | {
+        "status": "ok",
+        "state_bytes": held,
+        "state_per_param": held / elements,
+        "step_extra_bytes": steady.peak,
+        "peak_per_param": (after.peak - before.left) / elements,
+    }
+
+
+def mode_rows(options, device: torch.device, seconds: float, tick) -> list[dict]:
+    """A row for each mode, as long as there is time."""
+    rows, end = [], time.monotonic() + seconds
+    for mode in modes(options.rule, options.peers):
+        late = "skipped: no time left" if time.monotonic() > end else ""
+        rows.append(mode_row(mode, device, late))
+        tick()
+    return rows
+
+
+# --- each tensor -----------------------------------------------------------------------------
 
 
 def resident() -> int:
@@ -81,8 +151,9 @@ def grown_by(provider: str, tensors: int) -> int:
     Parameters and gradients exist before. `DICT_ONLY` builds what the state of any torch optimizer
     holds at least, a dict and a view of a flat buffer for each parameter, and nothing else.
     """
-    warm = build([(NUMEL,)], torch.float32, torch.device("cpu"))
-    make(OURS if provider == DICT_ONLY else provider, warm.params).step()
+    make = torch_sgd if provider == FUSED else RULES["sgd"].ours[0].make
+    options = {"fused": True} if provider == FUSED else {}
+    make(build([(NUMEL,)], torch.float32, torch.device("cpu")).params, **options).step()
     arena = build([(NUMEL,)] * tensors, torch.float32, torch.device("cpu"))
     before = resident()
     if provider == DICT_ONLY:
@@ -90,7 +161,7 @@ def grown_by(provider: str, tensors: int) -> int:
         views = zip(arena.params, flat.split(NUMEL), strict=True)
         kept = {param: {"momentum_buffer": view} for param, view in views}
     else:
-        kept = make(provider, arena.params)
+        kept = make(arena.params, **options)
         for _ in range(3):
             kept.step()
     grown = resident() - before
@@ -98,7 +169,7 @@ def grown_by(provider: str, tensors: int) -> int:
     return grown
 
 
-def bytes_per_tensor(provider: str, tensors: int = 100_000) -> dict:
+def bytes_per_tensor(provider: str, tensors: int = 50_000) -> dict:
     """Growth of RAM per tensor beyond the 4 bytes an element of fp32 state, in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         grown = pool.submit(grown_by, provider, tensors).result()

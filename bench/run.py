@@ -1,9 +1,12 @@
-"""Compare fused_momentum with torch.optim.SGD on this machine.
+"""Compare fused_momentum with what else a user could take, on this machine.
 
-    python bench/run.py [--cases resnet50 1x64M] [--dtype float32 bfloat16] [--seconds 270]
+    python bench/run.py [--rule sgd] [--cases resnet50 1x64M] [--dtype float32] [--peers optimi]
 
 Prints tables, writes CSV files and figures to bench/results/<device>/. No number is printed or
-written for a case before its correctness gate (bench/gate.py) has passed.
+written for a case before its correctness gate (bench/gate.py) has passed. Peers that are not
+installed are skipped and say so; pip install --no-deps torch-optimi heavyball opt-einsum
+pytorch_optimizer sgd-sai leaves torch as it is. Each of apex, transformer_engine, bitsandbytes and
+flashoptim needs a GPU, or an installation by its own rules.
 """
 
 import argparse
@@ -12,146 +15,186 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from tqdm import tqdm
 
 # For `bench`; last, so that an installed package is not shadowed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import figures, host, memory, report
+from bench import bars, memory, providers, records, report, size, train
 from bench.budget import Budget
 from bench.cases import CASES, numel
 from bench.gate import GateError
-from bench.providers import BASELINES, OURS, bytes_needed
-from bench.step import heading, run_case
+from bench.providers import RULES, Provider
+from bench.step import Race, heading
 from bench.stream import Stream
-from bench.timing import MIN_ROUNDS
 
-MARGIN = 1.15  # the interpreter, gate samples, the allocator's rounding
+MARGIN, SPARE = 1.04, 2**30  # the interpreter, gate samples, the allocator's rounding
 QUIET = 0.05  # share of the processors that others may use in a clean run
-SHARES = {"step": 0.75, "host": 0.1, "memory": 0.1}  # of the time budget
+SHARES = {"step": 0.5, "size": 0.15, "train": 0.15, "memory": 0.1}  # of the time budget
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
+    parser.add_argument("--rule", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help="default: all")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--backend", default="auto", help="back-end of ours (default: auto)")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="default: all; none: no names")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=270, help="time budget of the whole run")
-    parser.add_argument("--out", type=Path, default=report.ROOT / "bench" / "results")
+    parser.add_argument("--seconds", type=float, default=240, help="time budget of the whole run")
+    parser.add_argument("--out", type=Path, default=records.RESULTS)
     return parser.parse_args()
 
 
-def console() -> Console:
-    """The screen; wide enough for the table where output goes to a file."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=140)
-
-
-def too_large(elements: int, dtypes: list[torch.dtype], device: torch.device) -> str:
+def too_large(shapes, dtypes: list[torch.dtype], running: list[Provider], device) -> str:
     """Why a case does not fit in memory, or an empty string."""
-    need = MARGIN * bytes_needed(elements, dtypes, (OURS, *BASELINES))
+    need = MARGIN * providers.bytes_needed(numel(shapes), dtypes, running) + SPARE
     have = memory.available(device)
     if need <= have:
         return ""
     return f"skipped: needs {need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are available"
 
 
-def choose(
-    elements: int, tensors: int, dtypes: list, device: torch.device, budget: Budget
-) -> tuple[list, str]:
-    """The first dtypes that can run together, and why not all can."""
-    reason = budget.too_long(elements, tensors)
+def choose(shapes, dtypes: list, race: Race, budget: Budget) -> tuple[list, list, str]:
+    """The first dtypes and providers that can run together, and why not all can."""
+    running, dtypes = race.running(), list(dtypes)
+    reason = budget.too_long(running, shapes, len(dtypes))
     if reason:
-        return [], reason
-    reason = too_large(elements, dtypes, device)
-    running = list(dtypes)
-    while running and too_large(elements, running, device):
-        running.pop()
-    return running, reason
+        return [], running, reason
+    while late := too_large(shapes, dtypes, running, race.device):
+        reason = late
+        if len(dtypes) > 1:
+            dtypes.pop()
+        elif len(running) > len(race.rule.ours):
+            running.pop()
+        else:
+            return [], running, reason
+    return dtypes, running, reason
 
 
-def step_part(options, device: torch.device, seconds: float) -> tuple[list[dict], list[tuple]]:
-    """The chosen cases, in the order of `CASES`."""
-    dtypes = [getattr(torch, name) for name in options.dtype]
-    names = [name for name in CASES if name in options.cases]
-    stream, rows = Stream(device), []
-    budget = Budget(seconds, len(names))
-    bar = tqdm(names, unit="case", dynamic_ncols=True)
-    for name in bar:
-        bar.set_description(f"{name:>10}")
-        shapes, share = CASES[name](), budget.take()
-        elements = numel(shapes)
-        running, reason = choose(elements, len(shapes), dtypes, device, budget)
-        rows += [heading(name, shapes, left, OURS, reason) for left in dtypes[len(running) :]]
-        if not running:
-            continue
-        begin, ticks = time.monotonic(), []
+class Run:
+    """One run of the bench: what it was asked for, and the tables that it has made."""
 
-        def tick(ticks=ticks) -> None:
-            ticks.append(time.monotonic())
-            bar.set_postfix_str(f"round {len(ticks)}")
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.tables = options, {}
+        cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.where = records.environment(self.device)
+        self.folder = options.out / records.slug(self.where["device"])
+        self.stream = Stream(self.device)
 
-        deadline = begin + share
-        rows += run_case(name, shapes, running, device, stream, deadline, options.backend, tick)
-        budget.learn(elements, len(shapes), ticks[MIN_ROUNDS - 1] - begin)
-    title = f"Step of ours, and how many times longer torch takes; stream by {stream.how}"
-    console().print(report.step_table(rows, title))
-    for row in (row for row in rows if row["status"] != "ok"):
-        console().print(f"{row['case']}, {row['dtype']}, {row['provider']}: {row['status']}")
-    return rows, report.step_bars(rows)
+    def step(self, seconds: float) -> None:
+        """The cases of each rule."""
+        shares = {name: RULES[name].share for name in self.options.rule}
+        for name, share in shares.items():
+            self.tables[f"step_{name}"] = self.rule(name, seconds * share / sum(shares.values()))
+
+    def rule(self, name: str, seconds: float) -> list[dict]:
+        """The chosen cases of a rule, in the order of the rule or of `CASES`."""
+        rule, asked = RULES[name], self.options
+        dtypes = [getattr(torch, dtype) for dtype in asked.dtype or rule.dtypes]
+        cases = [case for case in rule.cases or CASES if case in (asked.cases or CASES)]
+        chosen = providers.chosen(rule, asked.peers)
+        race = Race(rule, chosen, self.device, self.stream, asked.backend)
+        budget, rows = Budget(seconds, len(cases)), []
+        bar = tqdm(cases, unit="case", dynamic_ncols=True)
+        for case in bar:
+            bar.set_description(f"{name}, {case:>10}")
+            shapes = CASES[case]()
+            fit, running, reason = choose(shapes, dtypes, race, budget)
+            left = [dtype for dtype in dtypes if dtype not in fit]
+            rows += [heading((case, shapes), dtype, race.ours, reason) for dtype in left]
+            if fit:
+                outside = {p.name: reason for p in race.running() if p not in running}
+                rows += race.run((case, shapes), fit, budget, outside, bar.refresh)
+            else:
+                budget.take()
+        title = f"{name}: a step of ours; stream by {self.stream.how}"
+        if any(row["status"] == "ok" for row in rows):
+            print(report.step_table(rows, race.ours, title))
+            print(report.ratio_table(rows, race.ours))
+        reasons = {
+            f"{r['provider']}: {r['status']}": r["case"] for r in rows if r["status"] != "ok"
+        }
+        for reason, case in reasons.items():
+            print(f"{case}, {reason}")
+        return rows
+
+    def size(self, seconds: float) -> None:
+        """Time against the number of tensors and of parameters."""
+        asked = self.options
+        with tqdm(unit="round", desc="size", dynamic_ncols=True) as bar:
+            rows = size.run(
+                self.device, self.stream, seconds, asked.backend, asked.peers, bar.update
+            )
+        for sweep in size.SWEEPS:
+            print(report.size_table(rows, sweep.name))
+        self.tables["size"] = rows
+
+    def train(self, seconds: float) -> None:
+        """Whole training steps."""
+        with tqdm(unit="round", desc="train", dynamic_ncols=True) as bar:
+            self.tables["train"], self.tables["curves"] = train.run(
+                self.device, seconds, bar.update
+            )
+        print(report.train_table(self.tables["train"]))
+
+    def memory(self, seconds: float) -> None:
+        """Memory of each optimizer on the device, and of each tensor on the host."""
+        with tqdm(unit="mode", desc="memory", dynamic_ncols=True) as bar:
+            rows = memory.mode_rows(self.options, self.device, seconds / 2, bar.update)
+        bar = tqdm(memory.PER_TENSOR, desc="memory of a tensor", unit="provider")
+        per_tensor = [memory.bytes_per_tensor(provider) for provider in bar]
+        print(report.memory_table(rows))
+        print(report.per_tensor_table(per_tensor))
+        self.tables |= {"memory": rows, "per_tensor": per_tensor}
+
+    def everything(self) -> None:
+        """All parts, then the files."""
+        what = ", ".join(f"{key} {value}" for key, value in self.where.items())
+        print(what)
+        load, rows = records.Load(), []
+        for part in self.options.parts:
+            begin = time.monotonic()
+            getattr(self, part)(self.options.seconds * SHARES[part])
+            seconds = time.monotonic() - begin
+            rows.append({"part": part, "seconds": seconds, "budget_seconds": self.options.seconds})
+        if set(self.options.parts) == set(SHARES):
+            self.tables["run"] = rows
+        self.where["busy_elsewhere"] = load.share()
+        for name, table in self.tables.items():
+            records.write(self.folder / f"{name}.csv", table, self.where)
 
 
-def host_part(options, device: torch.device, seconds: float) -> tuple[list[dict], list[tuple]]:
-    """Time against the number of tensors."""
-    with tqdm(unit="round", desc="host", dynamic_ncols=True) as bar:
-        rows = host.run_host(device, seconds, options.backend, bar.update)
-    console().print(report.host_table(rows))
-    return rows, report.host_bars(rows)
-
-
-def memory_part(options, device: torch.device, seconds: float) -> tuple[list[dict], list[tuple]]:
-    """Memory a tensor beyond flat state; on the host whatever the device."""
-    bar = tqdm(memory.PROVIDERS, desc="memory", unit="provider", dynamic_ncols=True)
-    rows = [memory.bytes_per_tensor(provider) for provider in bar]
-    console().print(report.memory_table(rows))
-    return rows, report.memory_bars(rows)
-
-
-PARTS = {"step": step_part, "host": host_part, "memory": memory_part}
+def draw(results: records.Results) -> str:
+    """Draw the figures; what to say of them."""
+    try:
+        from bench import figures
+    except ModuleNotFoundError as error:
+        return f"no figures: {error}; `make figures` draws them from the CSV files"
+    return " ".join(path.name for path in figures.draw(results))
 
 
 def main() -> int:
     options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
-    where, tables, bars = report.environment(device), {}, []
-    screen, load = console(), report.Load()
-    screen.print(", ".join(f"{key} {value}" for key, value in where.items()), highlight=False)
+    run = Run(options)
     try:
-        for part in options.parts:
-            seconds = options.seconds * SHARES[part]
-            tables[part], reached = PARTS[part](options, device, seconds)
-            bars += reached
+        run.everything()
     except GateError as error:
-        screen.print(f"[red]correctness gate: {error}; nothing is written")
+        print(f"correctness gate: {error}; nothing is written")
         return 1
-    where["busy_elsewhere"] = load.share()
-    folder = options.out / report.slug(where["device"])
-    for part, rows in tables.items():
-        report.write_csv(folder / f"{part}.csv", rows, where)
-    report.print_bars(screen, bars)
-    if where["busy_elsewhere"] != "unknown" and where["busy_elsewhere"] > QUIET:
-        share = f"{where['busy_elsewhere']:.0%}"
-        screen.print(f"[yellow]other processes used {share} of the processors: not a clean run")
-    screen.print(f"written: {folder}", *(path.name for path in figures.draw(folder)))
+    results = records.Results(run.folder)
+    print(report.bars_table(list(bars.judge(results))))
+    busy = run.where["busy_elsewhere"]
+    if busy != "unknown" and busy > QUIET:
+        print(f"others used {busy:.0%} of the processors: not a clean run")
+    print("written:", run.folder, draw(results))
     return 0
 
 

@@ -1,8 +1,9 @@
 """The ceiling of every step with momentum: the machine's rate for p, m <- f(p, g, m).
 
-On a CPU 3 reads and 2 writes by a plain C loop (stream.c), compiled at run time for this processor
-and run by as many threads as torch uses; it shares no code with any contestant. Without a C
-compiler, and on a GPU, torch's operators with 2 reads and 1 write each.
+3 reads and 2 writes: on a CPU by a plain C loop (stream.c), compiled at run time for this processor
+and run by as many threads as torch uses; on a GPU by a plain Triton kernel (stream_gpu.py). They
+share no code with any contestant. Without a C compiler, or Triton, by torch's operators, with 2
+reads and 1 write each.
 """
 
 import ctypes
@@ -43,14 +44,25 @@ class Stream:
     def __init__(self, device: torch.device):
         self.buffers = [torch.ones(NUMEL, device=device) for _ in range(3)]
         self.function = None if device.type == "cuda" else compiled()
-        self.bytes, self.how, self.step = self._by_c() if self.function else self._by_torch()
+        way = self._by_triton if device.type == "cuda" else self._by_c
+        self.bytes, self.how, self.step = way() or self._by_torch()
 
     def contestant(self) -> Contestant:
         """To be timed in the rounds of a case, so that its rate is that of the same minutes."""
         return Contestant(("stream",), self.step)
 
-    def _by_c(self) -> tuple:
+    def _by_triton(self) -> tuple | None:
+        """One launch over the buffers."""
+        try:
+            from bench.stream_gpu import stream
+        except ModuleNotFoundError:
+            return None
+        return 5 * 4 * NUMEL, "Triton kernel", lambda: stream(*self.buffers)
+
+    def _by_c(self) -> tuple | None:
         """Each thread streams through its own part several times; ctypes lets go of the GIL."""
+        if self.function is None:
+            return None
         threads = torch.get_num_threads()
         parts = [buffer.chunk(threads) for buffer in self.buffers]
         calls = [

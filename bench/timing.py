@@ -12,6 +12,7 @@ MICRO = 1e-3  # microseconds in a nanosecond
 TURN_US, TURN_STEPS = 2000, 50  # short steps are timed many times in a turn
 TURN_SHARE = 0.1  # of the slowest contestant's step
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
+SLOW, SLOW_ROUNDS = 10, 2
 
 
 def nothing() -> None:
@@ -36,36 +37,39 @@ class Contestant:
         """Median over the first steps of the turns: the others have just used the caches."""
         return float(np.median([turn[0] for turn in self.total]))
 
+    def take_turn(self, clock, steps: int = 1) -> None:
+        """Time some steps, each alone."""
+        turn = [clock.time(self.step, self.prepare) for _ in range(steps)]
+        self.host.append([host for host, _ in turn])
+        self.total.append([total for _, total in turn])
+
 
 class CpuClock:
     """On a CPU a step is done when it returns."""
 
-    def time(self, contestant: Contestant) -> tuple[float, float]:
-        contestant.prepare()
+    def time(self, step, prepare=nothing) -> tuple[float, float]:
+        """Microseconds until `step` returns, and until it is done."""
+        prepare()
         start = time.perf_counter_ns()
-        contestant.step()
+        step()
         microseconds = (time.perf_counter_ns() - start) * MICRO
         return microseconds, microseconds
 
 
 class CudaClock:
-    """Time until the call returns, and device time between two events, with a cold L2.
-
-    Untested on a GPU so far.
-    """
+    """Time until the call returns, and device time between two events on an idle device."""
 
     def __init__(self, device: torch.device):
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        self.device, self.flush = device, torch.empty(4 * l2, dtype=torch.uint8, device=device)
+        self.device = device
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def time(self, contestant: Contestant) -> tuple[float, float]:
-        contestant.prepare()
-        self.flush.zero_()
+    def time(self, step, prepare=nothing) -> tuple[float, float]:
+        """Microseconds until `step` returns, and until it is done."""
+        prepare()
         torch.cuda.synchronize(self.device)
         self.start.record()
         begin = time.perf_counter_ns()
-        contestant.step()
+        step()
         host = (time.perf_counter_ns() - begin) * MICRO
         self.end.record()
         torch.cuda.synchronize(self.device)
@@ -80,12 +84,15 @@ def clock_of(device: torch.device) -> CpuClock | CudaClock:
 def interleave(contestants: list[Contestant], clock, deadline: float, tick=nothing) -> int:
     """Turns in rounds (A B C, B C A, ...) until `deadline`; returns the number of rounds.
 
-    `deadline` is on `time.monotonic`. At least `MIN_ROUNDS`, at most `MAX_ROUNDS`.
+    `deadline` is on `time.monotonic`. At least `MIN_ROUNDS`, at most `MAX_ROUNDS`; one that is
+    `SLOW` times slower than the fastest, and too slow for its share, drops out after `SLOW_ROUNDS`.
     A turn repeats short steps; each is timed alone. A step to warm up goes before.
     """
-    warm = {contestant.key: max(clock.time(contestant)) for contestant in contestants}
+    warm = {c.key: max(clock.time(c.step, c.prepare)) for c in contestants}
     turn_us = max(TURN_US, TURN_SHARE * max(warm.values()))
     steps = {key: int(np.clip(turn_us / us, 1, TURN_STEPS)) for key, us in warm.items()}
+    share_us = (deadline - time.monotonic()) / MICRO**2 / len(contestants) / MIN_ROUNDS
+    slow = {k for k, us in warm.items() if us > max(share_us, SLOW * min(warm.values()))}
     rounds = 0
     gc.collect()
     gc.disable()
@@ -93,9 +100,8 @@ def interleave(contestants: list[Contestant], clock, deadline: float, tick=nothi
         while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.monotonic() < deadline):
             first = rounds % len(contestants)
             for contestant in contestants[first:] + contestants[:first]:
-                turn = [clock.time(contestant) for _ in range(steps[contestant.key])]
-                contestant.host.append([host for host, _ in turn])
-                contestant.total.append([total for _, total in turn])
+                if rounds < SLOW_ROUNDS or contestant.key not in slow:
+                    contestant.take_turn(clock, steps[contestant.key])
             rounds += 1
             tick()
     finally:
@@ -104,6 +110,12 @@ def interleave(contestants: list[Contestant], clock, deadline: float, tick=nothi
 
 
 def ratio(slow: Contestant, fast: Contestant) -> tuple[float, float, float]:
-    """p20, p50 and p80 over the rounds of (median time of `slow` / median time of `fast`)."""
-    pairs = zip(slow.total, fast.total, strict=True)
+    """p20, p50 and p80 of (median time of `slow` / median time of `fast`) over their rounds."""
+    pairs = zip(slow.total, fast.total, strict=False)  # one may have dropped out
     return tuple(np.quantile([np.median(a) / np.median(b) for a, b in pairs], (0.2, 0.5, 0.8)))
+
+
+def host_ratio(slow: Contestant, fast: Contestant) -> float:
+    """The median ratio of the times until the call returns."""
+    pairs = zip(slow.host, fast.host, strict=False)
+    return float(np.median([np.median(a) / np.median(b) for a, b in pairs]))

@@ -5,7 +5,7 @@ launcher.run(batches(items), hyper)  # or the batches of the extension's plan
 """
 
 from .describe import Batch, Item, batches
-from .launch import Launcher, Table, run
-from .sums import tensor_sums
+from .launch import Launcher
+from .table import Table
 
-__all__ = ["Batch", "Item", "Launcher", "Table", "batches", "run", "tensor_sums"]
+__all__ = ["Batch", "Item", "Launcher", "Table", "batches"]

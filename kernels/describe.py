@@ -20,16 +20,18 @@ class Batch(NamedTuple):
     numels: torch.Tensor
     rows: torch.Tensor
     tensor_scalars: torch.Tensor
+    kept: torch.Tensor
     layouts: torch.Tensor | None
-    tensors: list[list[torch.Tensor]]  # what the addresses point to, kept alive
+    tensors: list[list[torch.Tensor | None]]  # what the addresses point to, kept alive
 
 
 class Item(NamedTuple):
-    """One tensor to update: its streams p, g and the states (None: absent), and its scalars."""
+    """One tensor to update: its streams p, g, states (None: absent), scalars and kept numbers."""
 
     streams: Sequence[torch.Tensor | None]
     row: int
     tensor_scalars: Sequence[float]
+    kept: Sequence[torch.Tensor | None] = ()
 
 
 def layout_of(streams: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -89,6 +91,7 @@ def _batch(device, dtypes, members) -> Batch:
         ]
         for item, streams in members
     ]
+    kept = [[0 if t is None else t.data_ptr() for t in item.kept] for item, _ in members]
     layouts = [[] if streams[0].numel() == 0 else layout_of(streams) for _, streams in members]
     scalars = torch.tensor([item.tensor_scalars for item, _ in members], dtype=torch.float64)
     return Batch(
@@ -98,6 +101,7 @@ def _batch(device, dtypes, members) -> Batch:
         torch.tensor([streams[0].numel() for _, streams in members]),
         torch.tensor([item.row for item, _ in members]),
         scalars.T.contiguous(),
+        torch.tensor(kept, dtype=torch.int64).T.contiguous(),
         table_of(layouts, len(dtypes)),
-        [streams for _, streams in members],
+        [[*streams, *item.kept] for item, streams in members],
     )

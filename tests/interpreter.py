@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import SETTINGS, bits
+
+from fused_momentum import reference
 
 pytest.importorskip("triton", reason="needs triton, which is not installed")
 F32, F64, F16 = torch.float32, torch.float64, torch.float16
+MULTIPLIERS = (1.0, -1.0, 0.5, -2.0)  # of the gradients of group i % 4
 SIZES = (0, 1, 7, 1023, 1024, 1025, 10007)
 
 
@@ -29,11 +33,12 @@ def interpreted_fixture():
 
 
 class Item(NamedTuple):
-    """A tensor that is updated: its streams p, g, states (None: absent), its row, first step."""
+    """A tensor: its streams p, g, states and kept numbers (None: absent), its row, first step."""
 
     streams: list
     row: int
     first: bool
+    kept: list
 
 
 def randn(size, dtype):
@@ -42,11 +47,17 @@ def randn(size, dtype):
 
 
 def rows_of(rule):
-    """Hyper-parameters of three groups; in the last one every optional state is absent."""
-    optional = [state.when for state in rule.states if state.when]
+    """Hyper-parameters of a few groups; in the last ones what is optional is absent."""
+    if rule.read is not None:
+        groups = [{"maximize": False, **group} for group in SETTINGS[rule.name].values()]
+        return [[float(value) for value in rule.read(group, 3)] for group in groups]
+    optional = [s.when for s in (*rule.states, *rule.kept) if s.when]
     rows = (0.05 + 0.9 * torch.rand(3, len(rule.hyper), dtype=F64)).tolist()
     rows[1][-1] = 0.0
     rows[2] = [0.0 if k in optional else v for k, v in zip(rule.hyper, rows[2], strict=True)]
+    for i, row in enumerate(rows):
+        for key, words in rule.choices.items():
+            row[rule.hyper.index(key)] = float((2 - i) % len(words))
     return rows
 
 
@@ -57,9 +68,17 @@ def items_of(rule, signature, rows, sizes=SIZES):
         size = (size,) if isinstance(size, int) else size
         row = i % len(rows)
         hyper = dict(zip(rule.hyper, rows[row], strict=True))
-        kept = [s.when is None or hyper[s.when] != 0 for s in rule.states]
-        states = [randn(size, state) if keep else None for keep in kept]
-        items.append(Item([randn(size, param), randn(size, param), *states], row, i % 2 == 0))
+
+        def present(s, hyper=hyper):
+            return s.when is None or hyper[s.when] != 0
+
+        states = [randn(size, state) if present(s) else None for s in rule.states]
+        kept = [
+            torch.tensor(k.initial, dtype=getattr(torch, k.dtype)) if present(k) else None
+            for k in rule.kept
+        ]
+        streams = [randn(size, param), randn(size, param), *states]
+        items.append(Item(streams, row, i % 2 == 0, kept))
     return items
 
 
@@ -74,43 +93,70 @@ def clone(items):
         view = memory.as_strided(tensor.shape, tensor.stride(), start)
         return view.copy_(tensor) if 0 not in tensor.stride() else tensor
 
-    return [item._replace(streams=[copy(t) for t in item.streams]) for item in items]
+    return [
+        item._replace(streams=[*map(copy, item.streams)], kept=[*map(copy, item.kept)])
+        for item in items
+    ]
 
 
-def batch_of(items):
+def batches_of(rule, items):
     from fused_momentum import kernels
 
-    (batch,) = kernels.batches(
-        [kernels.Item(item.streams, item.row, [float(item.first)]) for item in items]
+    zeros = [0.0] * (len(rule.tensor_scalars) - 1)
+    return kernels.batches(
+        [kernels.Item(i.streams, i.row, [float(i.first), *zeros], i.kept) for i in items]
     )
-    return batch
 
 
-def hyper_of(rows, multipliers):
-    hyper = [[*row, scale] for row, scale in zip(rows, multipliers, strict=True)]
-    return torch.tensor(hyper, dtype=F64)
+def hyper_of(rows):
+    return torch.tensor([[*row, MULTIPLIERS[i % 4]] for i, row in enumerate(rows)], dtype=F64)
 
 
-def table_of(items, rows, multipliers):
+def table_of(rule, items, rows):
     from fused_momentum.kernels import Table
 
-    batch = batch_of(items)
-    table = Table(batch.device)
-    table.set_tensors(
-        batch.addresses, batch.numels, batch.rows, batch.tensor_scalars, batch.layouts
-    )
-    table.set_hyper(hyper_of(rows, multipliers))
+    (batch,) = batches_of(rule, items)
+    table = Table(batch.device, batch.dtypes)
+    table.set_tensors(*batch[2:-1])
+    table.set_hyper(hyper_of(rows))
     return table
 
 
-def dtypes_of(rule, signature):
-    param, state = signature
-    return (param, param, *(state for _ in rule.states))
+def step(launcher, rule, items, rows, measures=True, updates=True, **amp):
+    """One step by the kernels; ``measures``: with the pass before the update."""
+    batches, hyper = batches_of(rule, items), hyper_of(rows)
+    if measures and rule.measure is not None:
+        launcher.measure(batches, hyper, updates, **amp)
+    if updates:
+        launcher.run(batches, hyper, **amp)
+
+
+def reference_step(rule, items, rows, measures=True, updates=True, scale=1.0):
+    """The same step by the reference; gradients are divided by ``scale``."""
+    unscale = torch.tensor(1.0 / scale).item()  # rounded to float32
+    for item in items:
+        p, g, *states = item.streams
+        update = reference.Update(
+            rule,
+            p,
+            g,
+            states,
+            item.kept,
+            rows[item.row],
+            grad_multiplier=MULTIPLIERS[item.row % 4] * unscale,
+            first=item.first,
+        )
+        if measures and rule.measure is not None and not update.settled():
+            update.measure(updates)
+        if updates:
+            update.update()
 
 
 def assert_equal(items, expected):
+    """The same bits everywhere."""
     for i, (item, other) in enumerate(zip(items, expected, strict=True)):
-        for s, (tensor, wanted) in enumerate(zip(item.streams, other.streams, strict=True)):
+        pairs = zip([*item.streams, *item.kept], [*other.streams, *other.kept], strict=True)
+        for s, (tensor, wanted) in enumerate(pairs):
             if tensor is not None:
-                bits = (tensor != wanted) & ~(tensor.isnan() & wanted.isnan())
-                assert not bits.any(), f"tensor {i}, stream {s}: {int(bits.sum())} elements differ"
+                differ = int((bits(tensor) != bits(wanted)).sum())
+                assert not differ, f"tensor {i}, stream {s}: {differ} elements differ"

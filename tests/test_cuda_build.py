@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[1]
 ARCHS = ("80", "90", "100")
 FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 KERNEL_FILES = [path for path in FILES if path.stem != "launch"]
-RECIPROCAL_FMA = (
-    9  # in the reciprocal of the loss scale: Newton steps, and a path for tiny and huge ones
-)
+# The reciprocal of the loss scale, in every kernel: approximations, and the multiply-adds of the
+# Newton steps that make them exact, once more for tiny and huge ones. What another division or root
+# adds was counted: at most 16 per approximation.
+RECIPROCAL, MULTIPLY_ADDS, MORE = 5, 9, 16
 # Elements that a thread moves per tile, and bytes of one, by the codec's name.
 PER_THREAD = 8
 ITEMSIZE = {"Float": 4, "Double": 8, "BFloat16": 2, "Half": 2}
@@ -47,6 +48,9 @@ def _disassembler():
 
 
 NVCC, DISASSEMBLER = _nvcc(), _disassembler()
+CONTRACTIBLE = re.compile(r"\b(?:add|sub|mul|div|rcp|sqrt)\.(?!rn\.)\S*f(?:32|64)\b")
+# Conversions of 16-bit elements, arithmetic, stores, barriers.
+USE = re.compile(r"IMAD\.U32|PRMT|HADD|F2F|[FD]ADD|[FD]MUL|[FD]FMA|MUFU|STG|BAR")
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME or on PATH"),
     pytest.mark.skipif(DISASSEMBLER is None, reason="no cuobjdump: neither toolkit's nor Triton's"),
@@ -111,10 +115,23 @@ def _codecs(name):
     return re.findall(r"Codec<fused_momentum::cuda::(\w+)>", demangled)
 
 
-def _vector_accesses(codecs):
+def _rule(name):
+    """The rule that is in a kernel's mangled name."""
+    (rule,) = [rule for rule in RULES.values() if f"{len(rule.name)}{rule.name}" in name]
+    return rule
+
+
+def _streams(rule, reads):
+    """How many streams a pass may read, by its table row."""
+    if reads is None:
+        return 2 + len(rule.states)
+    return sum(read != 0 for read in reads(*[1.0] * len(rule.scalars)))
+
+
+def _vector_accesses(rule, codecs):
     """Loads and stores of 16 bytes that a thread needs for its elements of a tile."""
     p, g, m = (PER_THREAD * ITEMSIZE[codec] // 16 for codec in codecs)
-    return p + g + m, p + m
+    return p + g + m * (_streams(rule, rule.reads) - 2), p + m * len(rule.written)
 
 
 @files
@@ -129,21 +146,26 @@ def test_no_register_spills(compiled, path):
 
 @files
 def test_no_multiply_add_is_contracted(compiled, path):
-    """In PTX, where a division is one instruction; it is made of FFMA in machine code."""
+    """In PTX, where a division is one instruction; it is made of FFMA in machine code.
+
+    What is rounded (.rn) by itself is never contracted by the assembler.
+    """
     fatbin, _ = compiled[path]
     ptx = _dump("-ptx", fatbin)
     assert len(re.findall(r"\.target sm_", ptx)) == len(ARCHS)
     assert re.search(r"\bmul(\.rn)?\.f64\b", ptx), "no arithmetic found"
     assert not re.findall(r"\b(?:fma|mad)\.\S*f(?:16|32|64)\S*", ptx)
+    assert not CONTRACTIBLE.findall(ptx)
 
 
 @archs
 @files
 def test_machine_code_has_the_multiply_adds_of_division_alone(compiled, path, arch):
     for name, operations in _functions(compiled[path][0], arch).items():
-        has_reciprocal = any(op.startswith("MUFU.RCP") for op in operations)
-        fused = [op for op in operations if re.match(r"[FD]FMA", op)]
-        assert len(fused) <= (RECIPROCAL_FMA if has_reciprocal else 0), (name, fused)
+        approximations = sum(op.startswith("MUFU") for op in operations)
+        fused = sum(re.match(r"[FD]FMA", op) is not None for op in operations)
+        assert approximations >= RECIPROCAL
+        assert fused <= MULTIPLY_ADDS + MORE * (approximations - RECIPROCAL), name
         assert not [op for op in operations if op.startswith(("LDL", "STL"))], "local memory"
 
 
@@ -158,7 +180,7 @@ def test_streams_move_in_accesses_of_16_bytes_all_loads_first(compiled, stem, ar
         assert len(codecs) == 3, name
         loads = [i for i, op in enumerate(operations) if re.match(r"LDG\.E\S*\.128", op)]
         stores = [i for i, op in enumerate(operations) if re.match(r"STG\.E\S*\.128", op)]
-        assert (len(loads), len(stores)) == _vector_accesses(codecs), name
+        assert (len(loads), len(stores)) == _vector_accesses(_rule(name), codecs), name
         assert max(loads) < min(stores), "a store comes before a load"
 
 
@@ -169,7 +191,26 @@ def test_kernels_for_any_types_have_accesses_of_16_bytes(compiled, arch):
     for name, operations in _functions(compiled[path][0], arch).items():
         loads = [op for op in operations if re.match(r"LDG\.E\S*\.128", op)]
         stores = [op for op in operations if re.match(r"STG\.E\S*\.128", op)]
-        assert (len(loads), len(stores)) == (3 * every, 2 * every), name
+        rule = _rule(name)
+        read, written = _streams(rule, rule.reads), 1 + len(rule.written)
+        assert (len(loads), len(stores)) == (read * every, written * every), name
+
+
+@archs
+def test_measuring_kernels_have_all_loads_of_a_tile_in_flight(compiled, arch):
+    """No element is converted, computed with or stored before the last one is asked for."""
+    path = next(path for path in KERNEL_FILES if path.stem == "measure")
+    kernels = _functions(compiled[path][0], arch)
+    measuring = [rule for rule in RULES.values() if rule.measure is not None]
+    # Small and large arguments: three combinations of types and two for any, and the sums.
+    assert len(kernels) == 2 * (3 + 2 + 1) * len(measuring)
+    for name, operations in kernels.items():
+        if len(_codecs(name)) != 3:
+            continue
+        rule = _rule(name)
+        marks = ["L" if op.startswith("LDG") else "x" if USE.match(op) else "" for op in operations]
+        in_flight = max(map(len, "".join(marks).split("x")))
+        assert in_flight >= PER_THREAD * _streams(rule, rule.measure.reads), name
 
 
 def test_contraction_is_seen_where_it_is_allowed(tmp_path):
@@ -181,3 +222,4 @@ def test_contraction_is_seen_where_it_is_allowed(tmp_path):
     target = ["-arch=compute_90", "-ptx", "-o", ptx, path]
     subprocess.run([NVCC, *flags, *target], cwd=ROOT, check=True)
     assert re.search(r"\bfma\.rn\.f32", ptx.read_text())
+    assert CONTRACTIBLE.search(ptx.read_text())

@@ -3,11 +3,10 @@
 import pytest
 import shim
 import torch
-from cases import FORMS, LAYOUTS, TILE, bits, values
+from cases import LAYOUTS, TILE, bits, values
+from shim.steps import ALL_FORMS, NUMBERS, real
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason=f"no C++ compiler {shim.CXX[0]}")
-
-ALL_FORMS = tuple(FORMS.values())
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +36,24 @@ def defined_sum(terms):
 
 
 def sums_of(kernels, grads, **options):
-    tensors = [[g, g] for g in grads]
+    """The sums of g and of g * g over each gradient: the rule `totals` of the shim keeps them."""
     tiles = sum(-(-g.numel() // TILE) for g in grads)
-    tile_sums = torch.zeros(2 * max(tiles, 1), dtype=torch.float64)
-    sums = torch.zeros(2, len(grads), dtype=torch.float64)
-    result = kernels.run(shim.GRAD_SUMS, tensors, tile_sums=tile_sums, sums=sums, **options)
+    scratch = {
+        "tile_sums": torch.zeros(2 * max(tiles, 1), dtype=torch.float64),
+        "tensor_scalars": torch.zeros(len(grads), dtype=torch.float64),
+    }
+    kept = [[torch.zeros((), dtype=torch.float64) for _ in range(2)] for _ in grads]
+    result = kernels.run(
+        NUMBERS["totals"],
+        [[g, g, None] for g in grads],
+        hyper=[[0.0]],
+        kept=kept,
+        measures=1,
+        **scratch,
+        **options,
+    )
     assert (result.code, result.strays, result.misaligned) == (0, 0, 0)
-    return sums, result
+    return torch.stack([torch.stack(numbers) for numbers in kept], 1), result
 
 
 def in_memory_order(g):
@@ -57,7 +67,7 @@ def test_sums_are_taken_in_the_defined_order(kernels, dtype):
     grads = [
         LAYOUTS[form.grad_layout](values(form.shape, dtype, i)) for i, form in enumerate(ALL_FORMS)
     ]
-    grads = [shim.real(g) for g in grads]
+    grads = [real(g) for g in grads]
     grads.append(values((TILE * TILE + 5 * TILE + 3,), dtype, 99))  # more tiles than lanes
     sums, result = sums_of(kernels, grads)
     for i, g in enumerate(grads):

@@ -5,10 +5,11 @@ import torch
 from cases import CLASSES
 from torch.nn import Parameter
 
-from fused_momentum import FusedMomentum, FusedNAG, FusedSGD
+from fused_momentum import FusedMomentum, FusedNAG, FusedSGD, FusedSGDSaI
 
 OURS = pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
-ALL = (FusedSGD, FusedMomentum, FusedNAG)
+ALL = (FusedSGD, FusedMomentum, FusedNAG, FusedSGDSaI)
+SAI = [FusedSGDSaI]
 ARGUMENTS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
 
@@ -46,6 +47,26 @@ ARGUMENT_ERRORS = {
     ),
     "dampening": ({"dampening": 0.5}, ValueError, "has no dampening.*0.5", ALL[1:]),
     "nesterov": ({"nesterov": True}, ValueError, "no nesterov switch.*True", ALL[1:]),
+    "momentum_one": (
+        {"momentum": 1.0},
+        ValueError,
+        r"Invalid momentum value: 1\.0; needed: below 1",
+        SAI,
+    ),
+    "eps": ({"eps": -1e-8}, ValueError, "Invalid epsilon value: -1e-08", SAI),
+    "eps_nan": ({"eps": NAN}, ValueError, "Invalid epsilon value: nan", SAI),
+    "scale": (
+        {"scale": "snr"},
+        ValueError,
+        r"scale='snr' is not one of \['gsnr', 'gsnr_max', 'sqrt_numel'\]",
+        SAI,
+    ),
+    "degenerate": (
+        {"degenerate": None},
+        ValueError,
+        r"degenerate=None is not one of \['bound', 'official', 'defer'\]",
+        SAI,
+    ),
     "differentiable": (
         {"differentiable": True},
         RuntimeError,

@@ -2,18 +2,23 @@
 
 import copy
 import importlib
+import math
 import sys
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+from cases import one_thread  # noqa: F401  a fixture for every test here
 
 matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sweep_example = importlib.import_module("autosgm_sweep")
 article_example = importlib.import_module("optimizer_article")
 digits_example = importlib.import_module("train_digits")
 hook_example = importlib.import_module("backward_hook")
+gpt_example = importlib.import_module("train_gpt")
+gsnr_example = importlib.import_module("plot_gsnr")
 
 ITERATIONS = 3000  # the regression stops moving, at 2e-14 from the optimum, before 2500
 
@@ -154,6 +159,19 @@ def test_digits_takes_optimizer_arguments(tmp_path):
         assert (group["lr"], group["nesterov"], group["momentum"]) == (0.02, True, 0.9)
 
 
+def test_autosgm_is_trained_in_every_setting(tmp_path):
+    figure = tmp_path / "figures" / "sweep.png"
+    panels = sweep_example.main(["--epochs", "1", "--figure", str(figure)])
+    assert is_png(figure)
+    runs = {name: run for rows in panels.values() for name, run in rows.items()}
+    assert len(runs) == 11
+    assert len({run.losses[0] for run in runs.values()}) == 1, "other weights, or another batch"
+    # Numerator "unity" is the heavy ball of the other panel.
+    assert len({run.losses[-1] for run in runs.values()}) == len(runs) - 1, "a setting twice"
+    assert {len(run.losses) for run in runs.values()} == {sweep_example.STEPS_PER_EPOCH}
+    assert runs["RMSProp-like"].losses[-1] < 0.8 * runs["RMSProp-like"].losses[0]
+
+
 def test_layer_by_layer_equals_the_ordinary_step():
     results = hook_example.main(steps=5)
     assert results.equal == {"backward hook": True, "flat slices": True}
@@ -167,3 +185,39 @@ def test_same_parameters_sees_one_ulp():
     with torch.no_grad():
         b[0].bias[0] = torch.nextafter(b[0].bias[0], torch.tensor(1.0))
     assert not hook_example.same_parameters(a, b)
+
+
+def test_gpt_is_trained_by_all_three(tmp_path):
+    figure, steps = tmp_path / "figures" / "gpt.png", 20
+    runs = gpt_example.main(["--steps", str(steps), "--device", "cpu", "--figure", str(figure)])
+    assert is_png(figure)
+    assert list(runs) == ["FusedSGDSaI", "FusedSGD", "AdamW"]
+    assert len({run.losses[0] for run in runs.values()}) == 1, "other weights, or another batch"
+    for run in runs.values():
+        assert len(run.losses) == len(run.step_seconds) == steps
+        assert run.losses[0] == pytest.approx(math.log(128), rel=0.05)  # it knows nothing yet
+        assert 2 < run.validation < run.losses[-1] + 0.5 < run.losses[0]
+    ours, plain, adamw = (run.state_bytes / run.parameters for run in runs.values())
+    assert plain == 4
+    assert 4 < ours < 4.01  # and two numbers per tensor
+    assert 8 < adamw < 8.01
+
+
+@pytest.mark.parametrize(
+    ("size", "billions"), [("gpt2", 0.124), ("gpt2-xl", 1.56), ("llama-7b", 6.57)]
+)
+def test_the_large_gpts_are_as_large_as_they_say(size, billions):
+    with torch.device("meta"):
+        model = gpt_example.GPT(gpt_example.SIZES[size])
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_the_scales_of_a_gpt_are_the_roots_of_its_sizes(tmp_path):
+    figure = tmp_path / "figures" / "gsnr.png"
+    scales = gsnr_example.main(["--figure", str(figure)])
+    assert is_png(figure)
+    assert len(scales) == 52
+    # The bound, sqrt(n - 1), from below; from above, matrices have next to no common sign.
+    for name, scale in scales.items():
+        above = 1.001 if scale.numel > 1000 else 1.2
+        assert math.sqrt(1 - 1 / scale.numel) * 0.999 < scale.ratio < above, name

@@ -7,14 +7,15 @@ import torch
 from cases import (
     FORMS,
     LAYOUTS,
+    OP_RULES,
     RULES,
     VARIANTS,
     bits,
     one_thread,  # noqa: F401  a fixture for every test here
-    rules,
+    op_rules,
+    op_variants,
     update,
     values,
-    variants,
 )
 
 import fused_momentum as fm
@@ -58,7 +59,7 @@ def _by_reference(rule, lists, hyper, **flags):
 # --- results ---------------------------------------------------------------------------------
 
 
-@variants
+@op_variants
 @pytest.mark.parametrize("flag", [None, "first", "maximize"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128], ids=str)
 def test_in_place_and_functional_give_the_references_bits(variant, flag, dtype):
@@ -77,7 +78,7 @@ def test_in_place_and_functional_give_the_references_bits(variant, flag, dtype):
         assert not any(moved) if k == 1 else all(moved)
 
 
-@variants
+@op_variants
 def test_layer_by_layer_over_slices_of_flat_buffers(variant):
     """Start and end of each layer, last layer first, as a backward pass delivers them."""
     rule, op = variant.rule, getattr(fm.ops, f"{variant.name}_")
@@ -96,7 +97,7 @@ def test_layer_by_layer_over_slices_of_flat_buffers(variant):
     assert not torch.equal(bits(whole[0]), before[0])
 
 
-@rules
+@op_rules
 def test_slices_in_one_call(rule):
     variant, bounds = VARIANTS[rule.name], [(0, 100), (100, 1500), (1500, 2000)]
     one, many = (
@@ -110,7 +111,7 @@ def test_slices_in_one_call(rule):
 
 
 OPTIONAL = [
-    (rule, i) for rule in RULES.values() for i, s in enumerate(rule.states) if s.when is not None
+    (rule, i) for rule in OP_RULES.values() for i, s in enumerate(rule.states) if s.when is not None
 ]
 
 
@@ -127,7 +128,7 @@ def test_a_state_that_is_not_needed_may_be_left_out(rule, i):
     assert not _equal(_bits(with_state[:1]), before[:1])
 
 
-@rules
+@op_rules
 def test_a_hyperparameter_that_is_not_given_is_zero(rule):
     lists, others = _lists(rule), _lists(rule)
     op = getattr(fm.ops, f"{rule.name}_")
@@ -227,7 +228,7 @@ ERROR_ROWS = [
 ]
 
 
-@rules
+@op_rules
 @pytest.mark.parametrize(("suffix", "change", "kind", "message"), ERROR_ROWS)
 def test_bad_lists_raise_and_change_nothing(rule, suffix, change, kind, message):
     lists = [[torch.full((7,), k + 1.0) for _ in range(3)] for k in range(2 + len(rule.states))]
@@ -239,7 +240,7 @@ def test_bad_lists_raise_and_change_nothing(rule, suffix, change, kind, message)
     assert _equal(given, before)
 
 
-@rules
+@op_rules
 def test_an_expanded_tensor_is_not_written(rule):
     lists = _lists(rule, FORMS[1:4])
     one = torch.ones(1)
@@ -249,7 +250,7 @@ def test_an_expanded_tensor_is_not_written(rule):
     assert one == 1
 
 
-@rules
+@op_rules
 def test_states_that_are_needed_cannot_be_left_out(rule):
     for i, state in enumerate(rule.states):
         lists = _lists(rule)
@@ -263,7 +264,7 @@ def test_states_that_are_needed_cannot_be_left_out(rule):
 # --- torch.library ---------------------------------------------------------------------------
 
 
-@rules
+@op_rules
 @pytest.mark.parametrize("name", ["", "_"], ids=["functional", "in_place"])
 def test_opcheck(rule, name):
     op = getattr(torch.ops.fused_momentum, rule.name + name).default
@@ -272,7 +273,7 @@ def test_opcheck(rule, name):
     torch.library.opcheck(op, tuple(lists), {**hyper, "first": False, "maximize": True})
 
 
-@rules
+@op_rules
 @pytest.mark.parametrize("name", ["", "_"], ids=["functional", "in_place"])
 def test_compiled_without_a_graph_break(rule, name):
     torch._dynamo.reset()
@@ -292,7 +293,9 @@ def test_compiled_without_a_graph_break(rule, name):
         assert made is made_too is None or _equal(_bits(made), _bits(made_too))
 
 
-def test_every_rule_has_its_ops():
-    names = {name for rule in RULES for name in (rule, f"{rule}_")}
+def test_every_rule_of_one_pass_has_its_ops():
+    rules = [name for name, rule in RULES.items() if not rule.kept and rule.read is None]
+    assert list(OP_RULES) == rules
+    names = {name for rule in rules for name in (rule, f"{rule}_")}
     assert names == set(fm.ops.__all__)
     assert all(getattr(fm.ops, name).__doc__ for name in names)

@@ -7,19 +7,21 @@ from interpreter import (
     F32,
     F64,
     assert_equal,
+    batches_of,
     clone,
-    dtypes_of,
-    hyper_of,
     interpreted_fixture,  # noqa: F401
     items_of,
     randn,
+    reference_step,
     rows_of,
+    step,
     table_of,
 )
+from toy_rule import TOY
 
-from fused_momentum import reference
 from fused_momentum.rules import RULES
 
+RULES = {**RULES, TOY.name: TOY}
 BF16 = pytest.param(
     (torch.bfloat16, F32),
     marks=pytest.mark.skip(
@@ -35,21 +37,18 @@ signatures = pytest.mark.parametrize(
 )
 
 
-def check_step(rule, signature, items, rows, multipliers=(1.0, -1.0, 0.5), found=None, scale=None):
-    """One launch over the items equals the reference on each; returns what they were before."""
-    from fused_momentum.kernels import run
+def check_step(rule, items, rows, found=None, scale=None):
+    """One step of the items equals the reference on each; returns what they were before."""
+    from fused_momentum.kernels import Launcher
 
     before, expected = clone(items), clone(items)
-    device_scale = None if scale is None else torch.tensor([scale])
-    found_inf = None if found is None else torch.tensor([float(found)])
-    unscale = 1.0 if scale is None else torch.tensor(1.0 / scale).item()  # rounded to float32
-    table = table_of(items, rows, multipliers)
-    run(rule, dtypes_of(rule, signature), table, grad_scale=device_scale, found_inf=found_inf)
-    for item in expected if not found else ():
-        p, g, *states = item.streams
-        multiplier = multipliers[item.row] * unscale
-        hyper = rows[item.row]
-        reference.update(rule, p, g, states, hyper, grad_multiplier=multiplier, first=item.first)
+    amp = {
+        "grad_scale": None if scale is None else torch.tensor([scale]),
+        "found_inf": None if found is None else torch.tensor([float(found)]),
+    }
+    step(Launcher(rule), rule, items, rows, **amp)
+    if not found:
+        reference_step(rule, expected, rows, scale=scale or 1.0)
     assert_equal(items, expected)
     return before
 
@@ -59,7 +58,7 @@ def check_sizes(name, signature):
     rule = RULES[name]
     rows = rows_of(rule)
     items = items_of(rule, signature, rows)
-    before = check_step(rule, signature, items, rows)
+    before = check_step(rule, items, rows)
     for item, old in zip(items, before, strict=True):
         assert torch.equal(item.streams[1], old.streams[1]), "a gradient was modified"
         # The numbers matter: without an update nothing here would be equal.
@@ -91,7 +90,7 @@ def check_layouts(name, signature):
     put(3, 2, lambda t: randn((80, 120), t.dtype)[::2, ::2])
     put(4, 1, lambda t: randn((1, 1), param).expand(6, 4))
     put(5, 1, lambda t: randn((9, 4), param)[:, 1][None])
-    check_step(rule, signature, items, rows)
+    check_step(rule, items, rows)
 
 
 @rules
@@ -106,10 +105,10 @@ def check_scaling(name, signature):
     rule = RULES[name]
     rows = rows_of(rule)
     sizes = (3, 1030)
-    check_step(rule, signature, items_of(rule, signature, rows, sizes), rows, scale=3.0)
-    check_step(rule, signature, items_of(rule, signature, rows, sizes), rows, scale=3.0, found=0)
+    check_step(rule, items_of(rule, signature, rows, sizes), rows, scale=3.0)
+    check_step(rule, items_of(rule, signature, rows, sizes), rows, scale=3.0, found=0)
     items = items_of(rule, signature, rows, sizes)
-    before = check_step(rule, signature, items, rows, found=2)
+    before = check_step(rule, items, rows, found=2)
     assert_equal(items, before)
 
 
@@ -121,24 +120,14 @@ def test_grad_scale_and_found_inf(name, signature, interpreted):
 
 
 def check_signatures(name):
-    from fused_momentum import kernels
-
     torch.manual_seed(7)
     rule = RULES[name]
-    rows = rows_of(rule)
+    rows = [rows_of(rule)[0]] * 2
     pairs = [(F32, F32), (F16, F32), (F64, F64), (F16, F16), (torch.complex64, torch.complex64)]
-    items = [item for pair in pairs for item in items_of(rule, pair, rows[:2], (7, 1500))]
-    expected = clone(items)
-    batches = kernels.batches([kernels.Item(i.streams, i.row, [i.first]) for i in items])
-    assert len(batches) == 4  # complex64 is float32, twice as many
-    kernels.Launcher(rule).run(batches, hyper_of(rows[:2], (1.0, -1.0)))
-    for item in expected:
-        p, g, *states = item.streams
-        scale = (1.0, -1.0)[item.row]
-        reference.update(
-            rule, p, g, states, rows[item.row], grad_multiplier=scale, first=item.first
-        )
-    assert_equal(items, expected)
+    items = [item for pair in pairs for item in items_of(rule, pair, rows, (7, 1500))]
+    # complex64 is float32, twice as many
+    assert len(batches_of(rule, items)) == 4
+    check_step(rule, items, rows)
 
 
 @rules
@@ -148,17 +137,18 @@ def test_one_launch_per_signature(name, interpreted):
 
 
 def check_one_ulp(name):
-    from fused_momentum.kernels import run
+    from fused_momentum.kernels import Launcher
 
     torch.manual_seed(3)
-    rule, signature, multipliers = RULES[name], (F32, F32), (1.0, -1.0, 0.5)
+    rule = RULES[name]
     rows = rows_of(rule)
-    items = items_of(rule, signature, rows, (1030, 1030, 1030))
+    items = items_of(rule, (F32, F32), rows, [1030] * len(rows))
     nudged = clone(items)
-    check_step(rule, signature, items, rows, multipliers)
-    up = torch.tensor(1.0)
-    rows = [[torch.nextafter(torch.tensor(lr), up).item(), *others] for lr, *others in rows]
-    run(rule, dtypes_of(rule, signature), table_of(nudged, rows, multipliers))
+    check_step(rule, items, rows)
+    lr = rule.hyper.index("lr" if "lr" in rule.hyper else "rate")
+    for row in rows:
+        row[lr] = torch.nextafter(torch.tensor(row[lr]), torch.tensor(1.0)).item()
+    step(Launcher(rule), rule, nudged, rows)
     for item, other in zip(items, nudged, strict=True):
         assert not torch.equal(item.streams[0], other.streams[0])
 
@@ -171,20 +161,20 @@ def test_one_ulp_of_lr_is_seen(name, interpreted):
 
 def check_large_offsets(name):
     """The last tile of a tensor of 2^33 + 5 elements, of which only that tile has memory."""
-    from fused_momentum.kernels import run
+    from fused_momentum.kernels import Launcher
 
     torch.manual_seed(4)
-    rule, signature = RULES[name], (F16, F16)
+    rule = RULES[name]
     rows = rows_of(rule)[:1]
-    items = items_of(rule, signature, rows, (5,))
+    items = items_of(rule, (F16, F16), rows, (5,))
     expected = clone(items)
-    p, g, *states = expected[0].streams
-    reference.update(rule, p, g, states, rows[0], first=True)
-    table = table_of(items, rows, (1.0,))
+    reference_step(rule, expected, rows, measures=False)
+    table = table_of(rule, items, rows)
     tiles = 2**33 // 1024
-    table.get("addresses").sub_(2**33 * F16.itemsize)
-    table.get("shapes").copy_(torch.tensor([[2**33 + 5], [-tiles], [0]]))
-    run(rule, dtypes_of(rule, signature), table)
+    addresses, shapes = table.get("addresses", "shapes")
+    addresses.sub_(2**33 * F16.itemsize)
+    shapes.copy_(torch.tensor([[2**33 + 5], [-tiles], [0]]))
+    Launcher(rule).update_table(table)
     assert_equal(items, expected)
 
 

@@ -5,6 +5,7 @@ compilation to PTX and machine code, the cache. The launches themselves are writ
 """
 
 import os
+import random
 import re
 import subprocess
 from collections import Counter
@@ -12,14 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy_rule import TOY
 
-from fused_momentum.rules import RULES
+from fused_momentum.rules import RULES as TABLE
 
 triton = pytest.importorskip("triton", reason="needs triton, which is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: Triton compiles nothing", allow_module_level=True)
 kernels = pytest.importorskip("fused_momentum.kernels")
 
+RULES = {**TABLE, TOY.name: TOY}
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # p, g and each state.
 SIGNATURES = {"f32": (F32, F32), "f64": (F64, F64), "bf16": (BF16, F32), "f16": (F16, F32)}
@@ -72,21 +75,22 @@ def driver(request, monkeypatch):
     return recorder
 
 
-def table_of(rule, tensors=3, strided=False):
+def table_of(rule, signature="f32", tensors=3, strided=False):
     streams = 2 + len(rule.states)
-    table = kernels.Table(torch.device("cpu"))
+    param, state = SIGNATURES[signature]
+    table = kernels.Table(torch.device("cpu"), (param, param, *(state for _ in rule.states)))
     addresses = torch.arange(1, streams + 1)[:, None].expand(streams, tensors) * 4096
     layouts = torch.ones(tensors, 1 + streams, 2, dtype=torch.int64) if strided else None
     numels = torch.full((tensors,), 5000)
-    first = torch.zeros(len(rule.tensor_scalars), tensors, dtype=torch.float64)
-    table.set_tensors(addresses, numels, torch.zeros_like(numels), first, layouts)
-    table.set_hyper(torch.ones(1, len(rule.hyper) + 1, dtype=torch.float64))
+    first = torch.zeros(len(rule.tensor_scalars), tensors, dtype=F64)
+    kept = torch.ones(len(rule.kept), tensors, dtype=torch.int64)
+    table.set_tensors(addresses, numels, torch.zeros_like(numels), first, kept, layouts)
+    table.set_hyper(torch.ones(1, len(rule.hyper) + 1, dtype=F64))
     return table
 
 
-def dtypes_of(rule, signature):
-    param, state = SIGNATURES[signature]
-    return (param, param, *(state for _ in rule.states))
+def update(rule, table, **amp):
+    kernels.Launcher(rule).update_table(table, **amp)
 
 
 def compiled():
@@ -104,70 +108,115 @@ def machine_code_use(kernel, path):
 
 
 def global_accesses(kernel):
-    """How often each kind of access to global memory occurs in the PTX, and multiply-adds."""
-    ptx = kernel.asm["ptx"]
-    return Counter(re.findall(r"(?:ld|st)\.global[^\s]*|\bfma\S*|\bmad\.\S*f\d+", ptx))
+    """How often each kind of access to global memory occurs in the PTX."""
+    return Counter(re.findall(r"(?:ld|st)\.global[^\s]*", kernel.asm["ptx"]))
 
 
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-@pytest.mark.parametrize("signature", SIGNATURES)
-@pytest.mark.parametrize("name", RULES)
-def test_step_kernel(name, signature, strided, driver, tmp_path):
-    """16-byte accesses for every stream, nothing spilled, no multiply-add fused."""
-    rule = RULES[name]
-    dtypes = dtypes_of(rule, signature)
-    kernels.run(rule, dtypes, table_of(rule, strided=strided))
-    kernel = compiled()
+def inexact(kernel):
+    """Operations of the PTX that do not round once to nearest: multiply-adds, approximations."""
+    floats = re.findall(r"\b(?:div|rcp|sqrt|rsqrt|fma|mad|ex2|lg2)\.\S*f\d+", kernel.asm["ptx"])
+    return [op for op in floats if not re.fullmatch(r"(?:div|rcp|sqrt)\.rn\.f\d+", op)]
+
+
+def check_kernel(kernel, path):
+    """No multiply-add fused, nothing approximated, nothing spilled; returns its registers."""
     assert kernel.metadata.enable_fp_fusion is False
-    found = global_accesses(kernel)
-    assert not [op for op in found if op.startswith(("fma", "mad"))]
+    assert not inexact(kernel)
+    used = machine_code_use(kernel, path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    return used["REG"]
+
+
+def streams_read(reads, rule):
+    """The streams that a pass reads with some scalars: all others are never loaded."""
+    streams = range(2 + len(rule.states))
+    if reads is None:
+        return list(streams)
+    maker = random.Random(0)
+    tries = [[maker.choice([0.0, 0.5, 1.0, 2.0, 3.0]) for _ in rule.scalars] for _ in range(500)]
+    found = [reads(*scalars) for scalars in tries]
+    return [s for s in streams if any(row[s] for row in found)]
+
+
+def check_wide_accesses(kernel, table, read, written):
+    """Every access to a whole tile is of 16 bytes, where a thread's part of it is no less."""
     # A program works on 1024 elements: so many 16-byte accesses are those of one thread.
     threads = 32 * kernel.metadata.num_warps
-    wide = [dtype.itemsize * 1024 // threads // 16 for dtype in dtypes]
-    suffix = "v2.b64" if signature == "f64" else "v4.b32"
-    assert found[f"ld.global.{suffix}"] == sum(wide)
-    assert found[f"st.global.{suffix}"] == sum(wide) - wide[1]
-    used = machine_code_use(kernel, tmp_path / "kernel.cubin")
-    assert used["STACK"] == used["LOCAL"] == 0
+    wide = [dtype.itemsize * 1024 // threads // 16 for dtype in table.dtypes]
+    suffix = "v2.b64" if table.dtypes[0] == F64 else "v4.b32"
+    found = global_accesses(kernel)
+    assert found[f"ld.global.{suffix}"] == sum(wide[s] for s in read)
+    assert found[f"st.global.{suffix}"] == sum(wide[s] for s in written)
+
+
+layouts = pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+signatures = pytest.mark.parametrize("signature", SIGNATURES)
+
+
+@layouts
+@signatures
+@pytest.mark.parametrize("name", RULES)
+def test_update(name, signature, strided, driver, tmp_path):
+    """16-byte accesses for every stream that is read or written, and enough of them in flight."""
+    rule, table = RULES[name], table_of(RULES[name], signature, strided=strided)
+    update(rule, table)
+    kernel = compiled()
+    registers = check_kernel(kernel, tmp_path / "kernel.cubin")
+    read = streams_read(rule.reads, rule)
+    states = [2 + k for k, state in enumerate(rule.states) if state.name in rule.written]
+    check_wide_accesses(kernel, table, read, [0, *states])
+    assert all(kernel.metadata.num_warps * 512 <= 1024 * d.itemsize for d in table.dtypes)
     # 48 KB in flight per multiprocessor, of 65,536 registers, need so many programs at once.
-    programs = 65536 // (used["REG"] * threads)
-    assert programs * 1024 * sum(dtype.itemsize for dtype in dtypes) >= 48 * 1024
+    programs = 65536 // (registers * 32 * kernel.metadata.num_warps)
+    assert programs * 1024 * sum(table.dtypes[s].itemsize for s in read) >= 48 * 1024
 
 
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=SIGNATURES)
-def test_sum_kernels(dtype, strided, driver, tmp_path):
-    """Sums compile without spills and without fused multiply-adds."""
-    table = table_of(RULES["sgd"], strided=strided)
-    sums = kernels.tensor_sums((dtype,) * 3, table)
-    assert sums.shape == (2, 3)
+@layouts
+@signatures
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.measure])
+def test_measuring_pass(name, signature, strided, driver, tmp_path):
+    """Two launches, of tiles and of tensors; only what is looked at is loaded."""
+    rule, table = RULES[name], table_of(RULES[name], signature, strided=strided)
+    assert kernels.Launcher(rule).measure_table(table, True).shape == (len(rule.tensor_scalars), 3)
     grids = [(name, grid) for name, grid, _ in driver.launches]
-    assert grids == [("tile_sums_kernel", (15, 1, 1)), ("tensor_sums_kernel", (3, 2, 1))]
-    for i, kernel in enumerate(kernels.launch._compiled.values()):
-        assert kernel.metadata.enable_fp_fusion is False
-        assert not [op for op in global_accesses(kernel) if op.startswith(("fma", "mad"))]
-        used = machine_code_use(kernel, tmp_path / f"{i}.cubin")
-        assert used["STACK"] == used["LOCAL"] == 0
+    assert grids == [("pass_kernel", (15, 1, 1)), ("settle_kernel", (3, 1, 1))]
+    tiles, tensors = kernels.launch._compiled.values()
+    check_kernel(tiles, tmp_path / "tiles.cubin")
+    check_kernel(tensors, tmp_path / "tensors.cubin")
+    writes = [2 + k for k, s in enumerate(rule.states) if s.name in rule.measure.writes]
+    check_wide_accesses(tiles, table, streams_read(rule.measure.reads, rule), writes)
+
+
+def test_roots_and_quotients_are_rounded_to_nearest(driver):
+    """In float32 and float64, where numbers are derived and settled and where elements are."""
+    for signature, bits in (("f32", 32), ("f64", 64)):
+        kernels.launch._compiled.clear()
+        launcher, table = kernels.Launcher(TOY), table_of(TOY, signature)
+        launcher.update_table(table)
+        launcher.measure_table(table, True)
+        update, tiles, tensors = kernels.launch._compiled.values()
+        for kernel, sizes in ((update, {bits, 64}), (tiles, {bits}), (tensors, {64})):
+            found = set(re.findall(r"\b(?:div|sqrt)\.rn\.f\d+", kernel.asm["ptx"]))
+            assert found >= {f"{op}.rn.f{size}" for op in ("div", "sqrt") for size in sizes}
 
 
 def compiled_otherwise(monkeypatch, **other):
-    """The step kernel of SGD in float32, compiled with other options than ours."""
+    """The update of SGD in float32, compiled with other options than ours."""
     made = []
 
-    def launch(kernel, grid, device, arguments, constants, signature, **options):
+    def launch(kernel, programs, device, arguments, constants, signature, **options):
         options = {"enable_fp_fusion": False, **options, **other}
-        made.append(kernel[grid](*arguments, *constants, **options))
+        made.append(kernel[programs, 1, 1](*arguments, *constants, **options))
 
     monkeypatch.setattr(kernels.launch, "launch", launch)
-    rule = RULES["sgd"]
-    kernels.run(rule, dtypes_of(rule, "f32"), table_of(rule))
+    update(RULES["sgd"], table_of(RULES["sgd"]))
     return made[0]
 
 
 def test_fused_multiply_adds_would_be_seen(driver, monkeypatch):
     """Negative control: with fusion on, the check finds them."""
     kernel = compiled_otherwise(monkeypatch, enable_fp_fusion=True)
-    assert [op for op in global_accesses(kernel) if op.startswith("fma")]
+    assert inexact(kernel)
 
 
 def test_spills_would_be_seen(driver, monkeypatch, tmp_path):
@@ -178,37 +227,34 @@ def test_spills_would_be_seen(driver, monkeypatch, tmp_path):
 
 def test_one_launch_whatever_the_number_of_tensors(driver):
     """3,000 tensors are one launch; the cached one passes on exactly what Triton's own did."""
-    rule = RULES["sgd"]
-    table = table_of(rule, tensors=3000)
+    table = table_of(RULES["sgd"], tensors=3000)
     scale = torch.ones(1)
     for _ in range(2):
-        kernels.run(rule, dtypes_of(rule, "f32"), table, grad_scale=scale, found_inf=scale)
+        update(RULES["sgd"], table, grad_scale=scale, found_inf=scale)
     (name, grid, arguments), again = driver.launches
-    assert (name, grid) == ("step_kernel", (3000 * 5, 1, 1))
+    assert (name, grid) == ("pass_kernel", (3000 * 5, 1, 1))
     assert again == (name, grid, arguments)
     assert len(kernels.launch._compiled) == 1
 
 
 def test_the_kernel_is_compiled_once_per_signature(driver):
     """Numbers of tensors, sizes, values and alignments of scalars need no kernel of their own."""
-    rule = RULES["sgd"]
-    dtypes = dtypes_of(rule, "f32")
-    step_kernel = kernels.step.step_kernel
-    before = len(step_kernel.device_caches[driver.architecture][0])
+    rule, pass_kernel = RULES["sgd"], kernels.step.pass_kernel
+    before = len(pass_kernel.device_caches[driver.architecture][0])
     for tensors, scale in ((1, torch.ones(4)[1:2]), (16, torch.ones(1)), (17, torch.ones(1))):
         kernels.launch._compiled.clear()
-        kernels.run(rule, dtypes, table_of(rule, tensors=tensors), grad_scale=scale)
+        update(rule, table_of(rule, tensors=tensors), grad_scale=scale)
     assert len(driver.launches) == 3
-    assert len(step_kernel.device_caches[driver.architecture][0]) <= before + 1
+    assert len(pass_kernel.device_caches[driver.architecture][0]) <= before + 1
 
 
 def test_tables_are_uploaded_only_when_they_changed():
     table = table_of(RULES["sgd"])
-    hyper = table.get("hyper")
+    (hyper,) = table.get("hyper")
     table.set_hyper(hyper.clone())
-    assert table.get("hyper") is hyper
+    assert table.get("hyper")[0] is hyper
     table.set_hyper(hyper * 2)
-    assert torch.equal(table.get("hyper"), hyper * 2)
+    assert torch.equal(table.get("hyper")[0], hyper * 2)
 
 
 def test_a_failed_launch_says_so(driver, monkeypatch):
@@ -217,9 +263,8 @@ def test_a_failed_launch_says_so(driver, monkeypatch):
     def refuse(*args):
         raise RuntimeError("Triton Error [CUDA]: no kernel image is available")
 
-    rule = RULES["sgd"]
     monkeypatch.setattr(driver.utils, "load_binary", refuse)
-    kernels.step.step_kernel.device_caches.clear()
+    kernels.step.pass_kernel.device_caches.clear()
     with pytest.raises(RuntimeError, match=r"backend='triton' could not .* no kernel image"):
-        kernels.run(rule, dtypes_of(rule, "f32"), table_of(rule))
-    kernels.step.step_kernel.device_caches.clear()
+        update(RULES["sgd"], table_of(RULES["sgd"]))
+    kernels.step.pass_kernel.device_caches.clear()

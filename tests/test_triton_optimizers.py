@@ -1,29 +1,52 @@
 """The optimizers on the Triton back-end, interpreted: bit-equal to the reference in every step."""
 
+import inspect
+
 import pytest
 import torch
 from interpreter import interpreted_fixture  # noqa: F401
 
-from fused_momentum import FusedMomentum, FusedNAG, FusedSGD, backends
+from fused_momentum import (
+    FusedAutoSGM,
+    FusedMomentum,
+    FusedNAG,
+    FusedSGD,
+    FusedSGDSaI,
+    backends,
+)
 
 CASES = {
     "sgd": (FusedSGD, {"momentum": 0.9, "weight_decay": 0.05, "nesterov": True}),
     "sgd-plain": (FusedSGD, {"decoupled_weight_decay": True, "weight_decay": 0.05}),
     "momentum": (FusedMomentum, {"weight_decay": 0.05}),
     "nag": (FusedNAG, {"weight_decay": 0.05, "maximize": True}),
+    "sgd_sai": (FusedSGDSaI, {}),
+    "sgd_sai-max": (FusedSGDSaI, {"scale": "gsnr_max", "degenerate": "defer", "maximize": True}),
+    "autosgm": (FusedAutoSGM, {"wd_cfg": (0.05, 1)}),
+    "autosgm-clipped": (FusedAutoSGM, {"lr_cfg": (True, 0.1, 2)}),
+    "autosgm-limited": (FusedAutoSGM, {"lr_cfg": (True, 0.1, 4), "maximize": True}),
 }
 
 
 def trained(name, dtype, backend):
     torch.manual_seed(0)
     cls, kwargs = CASES[name]
-    params = [torch.randn(n).to(dtype).requires_grad_() for n in ((3,), (40, 60), (1030,), ())]
-    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.01, "momentum": 0.5}]
+    params = [torch.randn(n).to(dtype).requires_grad_() for n in ((3,), (20, 30), (1030,), ())]
+    other = (
+        {"lr": 0.01, "momentum": 0.5}
+        if "momentum" in inspect.signature(cls).parameters
+        else {"eps_cfg": (1e-3,)}
+    )
+    groups = [{"params": params[:2]}, {"params": params[2:], **other}]
     opt = cls(groups, lr=0.1, backend=backend, **kwargs)
+    if hasattr(opt, "initialise"):
+        params[1].grad = torch.randn(20, 30).to(dtype)
+        opt.initialise()
     for step in range(4):
         for i, p in enumerate(params):
             late = i == 3 and step < 2
-            grad = torch.randn(p.shape).to(dtype)
+            # SGD-SaI waits for a gradient other than zero.
+            grad = torch.randn(p.shape).to(dtype) * (i > 0 or step > 0)
             p.grad = None if late else grad.t().contiguous().t() if i == 1 else grad
         if step == 2:
             opt.param_groups[0]["lr"] = 0.05

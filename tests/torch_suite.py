@@ -7,10 +7,10 @@ import torch
 from torch.nn import Parameter
 from torch.testing._internal.common_optimizers import optim_db
 
-from fused_momentum import FusedMomentum, FusedNAG, FusedSGD
+from fused_momentum import FusedMomentum, FusedNAG, FusedSGD, FusedSGDSaI
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
-SUBJECTS = (FusedSGD, FusedMomentum, FusedNAG)
+SUBJECTS = (FusedSGD, FusedMomentum, FusedNAG, FusedSGDSaI)
 subjects = pytest.mark.parametrize("cls", SUBJECTS, ids=lambda c: c.__name__)
 
 

@@ -3,6 +3,8 @@
 // bytes.
 #pragma once
 
+#include <type_traits>
+
 #include "machine.cuh"
 
 namespace fused_momentum::cuda {
@@ -35,7 +37,7 @@ struct BFloat16 {
   using Value = float;
   using Element = uint16_t;
   using Word = uint32_t;
-  FM_DEVICE static float load(uint16_t x) { return float_of(uint32_t(x) << 16); }
+  FM_DEVICE static float load(uint16_t x) { return bf16_value(x); }
   FM_DEVICE static uint16_t store(float x) { return uint16_t(bf16_pair(x, 0.0f)); }
   FM_DEVICE static void unpack(uint32_t word, float* x) {
     x[0] = float_of(word << 16);
@@ -63,7 +65,13 @@ struct alignas(16) Vector {
   Word word[16 / sizeof(Word)];
 };
 
-// A codec of elements that are all E.
+template <class Word, int kCount>
+struct Vectors {
+  Vector<Word> vector[kCount];
+};
+
+// A codec of elements that are all E. Loads come in two halves, fetch and decode, so that many may
+// be in flight before the first is waited for.
 template <class E>
 struct Codec {
   using Element = typename E::Element;
@@ -73,25 +81,36 @@ struct Codec {
   static constexpr int kVector = 16 / kBytes;  // elements in 16 bytes
   static constexpr int kPerWord = int(sizeof(Word) / sizeof(Element));
 
+  // V elements as they are stored, a single one in a word; all bits zero: zeros.
+  template <int V>
+  using Raw = std::conditional_t<V == 1, Word, Vectors<Word, (V - 1) / kVector + 1>>;
+
   FM_HOST_DEVICE static bool matches(DType dtype) { return dtype == E::dtype; }
   FM_DEVICE explicit Codec(DType) {}
 
-  template <int V, class T>
-  FM_DEVICE void load(const void* data, int64_t at, T* out) const {
+  template <int V>
+  FM_DEVICE void fetch(const void* data, int64_t at, Raw<V>* raw) const {
     const Element* from = static_cast<const Element*>(data) + at;
     if constexpr (V == 1) {
-      out[0] = T(E::load(read(from)));
+      *raw = read(from);
     } else {
 #pragma unroll
-      for (int v = 0; v < V; v += kVector) {
-        const auto vector = read(reinterpret_cast<const Vector<Word>*>(from + v));
+      for (int v = 0; v < V; v += kVector)
+        raw->vector[v / kVector] = read(reinterpret_cast<const Vector<Word>*>(from + v));
+    }
+  }
+
+  template <int V, class T>
+  FM_DEVICE void decode(const Raw<V>& raw, T* out) const {
+    if constexpr (V == 1) {
+      out[0] = T(E::load(Element(raw)));
+    } else {
 #pragma unroll
-        for (int k = 0; k < kVector; k += kPerWord) {
-          Value values[kPerWord];
-          E::unpack(vector.word[k / kPerWord], values);
+      for (int v = 0; v < V; v += kPerWord) {
+        Value values[kPerWord];
+        E::unpack(raw.vector[v / kVector].word[v % kVector / kPerWord], values);
 #pragma unroll
-          for (int j = 0; j < kPerWord; j++) out[v + k + j] = T(values[j]);
-        }
+        for (int j = 0; j < kPerWord; j++) out[v + j] = T(values[j]);
       }
     }
   }
@@ -118,26 +137,54 @@ struct Codec {
   }
 };
 
+using F32 = Codec<Float>;
+using F64 = Codec<Double>;
+using BF16 = Codec<BFloat16>;
+using F16 = Codec<Half>;
+
 // A codec of elements whose type is known when the kernel runs.
 struct AnyCodec {
   static constexpr int kBytes = 8;   // at most
   static constexpr int kVector = 8;  // enough for every type
   DType dtype;
 
+  // The widest first: it is the one that an initializer fills.
+  template <int V>
+  union Raw {
+    F64::Raw<V> f64;
+    F32::Raw<V> f32;
+    BF16::Raw<V> bf16;
+    F16::Raw<V> f16;
+  };
+
   FM_HOST_DEVICE static bool matches(DType) { return true; }
   FM_DEVICE explicit AnyCodec(DType dtype) : dtype(dtype) {}
 
-  template <int V, class T>
-  FM_DEVICE void load(const void* data, int64_t at, T* out) const {
+  template <int V>
+  FM_DEVICE void fetch(const void* data, int64_t at, Raw<V>* raw) const {
     switch (dtype) {
       case DType::f32:
-        return Codec<Float>(dtype).load<V>(data, at, out);
+        return F32(dtype).fetch<V>(data, at, &raw->f32);
       case DType::f64:
-        return Codec<Double>(dtype).load<V>(data, at, out);
+        return F64(dtype).fetch<V>(data, at, &raw->f64);
       case DType::bf16:
-        return Codec<BFloat16>(dtype).load<V>(data, at, out);
+        return BF16(dtype).fetch<V>(data, at, &raw->bf16);
       case DType::f16:
-        return Codec<Half>(dtype).load<V>(data, at, out);
+        return F16(dtype).fetch<V>(data, at, &raw->f16);
+    }
+  }
+
+  template <int V, class T>
+  FM_DEVICE void decode(const Raw<V>& raw, T* out) const {
+    switch (dtype) {
+      case DType::f32:
+        return F32(dtype).decode<V>(raw.f32, out);
+      case DType::f64:
+        return F64(dtype).decode<V>(raw.f64, out);
+      case DType::bf16:
+        return BF16(dtype).decode<V>(raw.bf16, out);
+      case DType::f16:
+        return F16(dtype).decode<V>(raw.f16, out);
     }
   }
 
@@ -145,20 +192,15 @@ struct AnyCodec {
   FM_DEVICE void store(void* data, int64_t at, const T* in) const {
     switch (dtype) {
       case DType::f32:
-        return Codec<Float>(dtype).store<V>(data, at, in);
+        return F32(dtype).store<V>(data, at, in);
       case DType::f64:
-        return Codec<Double>(dtype).store<V>(data, at, in);
+        return F64(dtype).store<V>(data, at, in);
       case DType::bf16:
-        return Codec<BFloat16>(dtype).store<V>(data, at, in);
+        return BF16(dtype).store<V>(data, at, in);
       case DType::f16:
-        return Codec<Half>(dtype).store<V>(data, at, in);
+        return F16(dtype).store<V>(data, at, in);
     }
   }
 };
-
-using F32 = Codec<Float>;
-using F64 = Codec<Double>;
-using BF16 = Codec<BFloat16>;
-using F16 = Codec<Half>;
 
 }  // namespace fused_momentum::cuda

@@ -1,7 +1,8 @@
-// The kernels of the passes, for the files that compile them.
+// The kernels of the updates, for the files that compile them.
 #pragma once
 
 #include "kernels.h"
+#include "pass.cuh"
 #include "signatures.cuh"
 
 namespace fused_momentum::cuda {
@@ -24,8 +25,8 @@ __global__ void __launch_bounds__(kThreads, Pass::kBlocksPerProcessor)
 template <class Signatures>
 const void* pass_of(int rule, const DType* dtype, bool large) {
   const void* kernel = nullptr;
-  Signatures::with_pass(rule, dtype, [&](auto pass) {
-    using P = decltype(pass);
+  Signatures::with_types(rule, dtype, [&](auto types) {
+    using P = Pass<decltype(types)>;
     kernel = large ? reinterpret_cast<const void*>(pass_kernel<P, LargeArgs>)
                    : reinterpret_cast<const void*>(pass_kernel<P, SmallArgs>);
   });

@@ -9,7 +9,8 @@ const void* single_pass(int rule, const DType* dtype, bool large);
 const void* half_pass(int rule, const DType* dtype, bool large);
 const void* other_pass(int rule, const DType* dtype, bool large);
 
-const void* tile_sums_kernel(bool large);
-const void* tensor_sums_kernel(bool large);
+// The kernels of a measuring pass.
+const void* tile_pass(int rule, const DType* dtype, bool large);
+const void* tensor_pass(int rule, bool large);
 
 }  // namespace fused_momentum::cuda

@@ -141,20 +141,23 @@ struct Cuda::Device final : Machine {
     return status;
   }
 
-  Status start(int rule, const Table& table) override {
+  Status start(int rule, bool measures, const Table& table, int* launches) override {
     const bool large = table.words() > SmallArgs::kWords;
     if (large)
       fill(table, &arguments.large);
     else
       fill(table, &arguments.small);
     const Header& header = table.header;
-    if (rule != kGradSums) return start(kernel_of(rule, header.dtype, large), blocks_of(header));
-    const Status status = start(tile_sums_kernel(large), header.tiles);
-    return status.code != 0 ? status : start(tensor_sums_kernel(large), header.tensor_count);
+    const uint32_t blocks = blocks_of(header);
+    if (!measures) return start(kernel_of(rule, header.dtype, large), blocks, launches);
+    const Status status = start(tile_pass(rule, header.dtype, large), blocks, launches);
+    if (status.code != 0) return status;
+    return start(tensor_pass(rule, large), header.tensor_count, launches);
   }
 
-  Status start(const void* kernel, uint32_t blocks) {
+  Status start(const void* kernel, uint32_t blocks, int* launches) {
     void* parameters[] = {&arguments};
+    ++*launches;
     return status_of(cudaLaunchKernel(kernel, blocks, kThreads, parameters, 0, stream),
                      "launch a kernel on device " + std::to_string(number));
   }
@@ -185,22 +188,31 @@ struct Cuda::Device final : Machine {
 Cuda::Cuda(int device) : device_(new Device(device)) {}
 Cuda::~Cuda() = default;
 
-Status Cuda::step(const Launch& launch, const OnDevice& on_device, void* stream, int* launches) {
+template <class F>
+Status Cuda::on(void* stream, F&& run) {
   Guard guard(device_->number);
-  *launches = 0;
   const Status status = guard.status(device_->number);
   if (status.code != 0) return status;
   device_->stream = static_cast<cudaStream_t>(stream);
   device_->tiles_per_block = tiles_per_block;
-  return device_->finish(run_step(launch, on_device, *device_, launches));
+  return device_->finish(run(*device_));
 }
 
-Status Cuda::grad_sums(const Launch& launch, double* tile_sums, double* sums, void* stream) {
-  Guard guard(device_->number);
-  const Status status = guard.status(device_->number);
-  if (status.code != 0) return status;
-  device_->stream = static_cast<cudaStream_t>(stream);
-  return device_->finish(run_grad_sums(launch, tile_sums, sums, *device_));
+Status Cuda::step(const Launch& launch, const OnDevice& on_device, void* stream, int* launches) {
+  return on(stream,
+            [&](Machine& machine) { return run_step(launch, on_device, machine, launches); });
+}
+
+Status Cuda::measure(const Launch& launch, const OnDevice& on_device, bool updates,
+                     double* tile_sums, void* stream, int* launches) {
+  return on(stream, [&](Machine& machine) {
+    return run_measure(launch, on_device, updates, tile_sums, machine, launches);
+  });
+}
+
+Scratch scratch_of(const Launch& launch) {
+  const RuleInfo& rule = rule_infos()[launch.rule];
+  return {rule.sums * count_tiles(launch), rule.tensor_scalars * launch.segment_count};
 }
 
 Status count_devices(int* count) {

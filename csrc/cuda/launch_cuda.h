@@ -26,7 +26,7 @@ Status check_device(int device);
 struct OnDevice {
   const float* grad_scale = nullptr;  // gradients are multiplied by float(1 / grad_scale)
   const float* found_inf = nullptr;   // not zero: the step changes nothing
-  // Per segment of the launch, instead of Segment::tensor: 1 where it takes its first step, cleared
+  // Per segment of the launch, instead of Segment::first: 1 where it takes its first step, cleared
   // once it has taken it. ticket: one number that is 0 and returns to 0. Both or neither.
   uint8_t* first = nullptr;
   uint32_t* ticket = nullptr;
@@ -34,7 +34,16 @@ struct OnDevice {
   // is f32 or f64.
   const void* const* lr = nullptr;
   const DType* lr_dtype = nullptr;
+  // Per segment the rule's kTensor scalars of this step: `measure` writes them, `step` reads them.
+  // nullptr: `first`, then zeros.
+  double* tensor_scalars = nullptr;
 };
+
+// How many doubles a measuring pass needs on the device: to work in, and for what it finds.
+struct Scratch {
+  int64_t tile_sums, tensor_scalars;
+};
+Scratch scratch_of(const Launch& launch);
 
 // One device, and the tables on it for launches of more tensors than fit into kernel arguments.
 // A plan has one per device; calls on it must not overlap. `stream` is a cudaStream_t.
@@ -48,15 +57,23 @@ class Cuda {
   // does.
   Status step(const Launch& launch, const OnDevice& on_device, void* stream, int* launches);
 
-  // sums[k * segment_count + i] is the sum of g (k = 0) and of g * g (k = 1) over segment i, in
-  // float64 and in an order that depends on its size alone (kernels/sums.py, pass.cuh). Segments
-  // without elements are left out: give zeros. tile_sums: scratch for 2 x the number of tiles.
-  Status grad_sums(const Launch& launch, double* tile_sums, double* sums, void* stream);
+  // The rule's pass before the update, in two kernels where `step` has one: its terms are summed
+  // over each segment in float64, in an order that depends on the segment's size alone (sums.cuh);
+  // from the sums follow its tensor scalars and its kept numbers, which are written. So are the
+  // states that the pass writes. A segment that is settled is left as it is, and all are where
+  // found_inf is not zero: their scalars are those they came with. Segments without elements have
+  // none. updates: whether `step` follows. tile_sums is free again when the pass is done. An error
+  // for a rule that measures nothing.
+  Status measure(const Launch& launch, const OnDevice& on_device, bool updates, double* tile_sums,
+                 void* stream, int* launches);
 
   // Tiles that a block works on; 0: chosen by the number of tiles. For measurements.
   int tiles_per_block = 0;
 
  private:
+  template <class F>
+  Status on(void* stream, F&& run);
+
   struct Device;
   std::unique_ptr<Device> device_;
 };

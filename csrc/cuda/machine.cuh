@@ -25,8 +25,8 @@ FM_DEVICE void write(W* at, const W& value) {
 
 // A number beside the tensors, such as a learning rate.
 template <class W>
-FM_DEVICE W read_scalar(uint64_t address) {
-  return read(reinterpret_cast<const W*>(address));
+FM_DEVICE W read_scalar(const W* at) {
+  return read(at);
 }
 
 // Two floats rounded to nearest even, the first in the low half.
@@ -40,6 +40,13 @@ FM_DEVICE uint32_t f16_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// In assembly, or the compiler pulls it in between loads that should all be on their way first.
+FM_DEVICE float bf16_value(uint16_t half) {
+  uint32_t bits;
+  asm("shl.b32 %0, %1, 16;" : "=r"(bits) : "r"(uint32_t(half)));
+  return __uint_as_float(bits);
 }
 
 FM_DEVICE float f16_value(uint16_t half) {

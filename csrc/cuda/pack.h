@@ -5,27 +5,30 @@
 #include <cstring>
 #include <vector>
 
-#include "../rules.h"
+#include "../rule_info.h"
 #include "../tiles.h"
 #include "launch_cuda.h"
 #include "table.h"
 
 namespace fused_momentum::cuda {
 
-// What a kernel reads of a rule.
-struct Shape {
-  int streams = 2, hyper = -2;  // hyper -2: no rows
-  int row_words() const { return hyper + 2; }
-};
+inline int streams_of(const RuleInfo& rule) {
+  return 2 + rule.states;
+}
 
-inline Shape shape_of(int rule) {
-  Shape shape;
-  int index = 0;
-  for_each_rule([&](auto example) {
-    using Rule = decltype(example);
-    if (index++ == rule) shape = {2 + Rule::kStates, Rule::kHyper};
-  });
-  return shape;
+// Words of a row, and of a tensor besides its layout.
+inline int row_words(const RuleInfo& rule) {
+  return rule.hyper + 2;
+}
+
+inline int tensor_words(const RuleInfo& rule) {
+  return 1 + streams_of(rule) + rule.kept;
+}
+
+inline int64_t count_tiles(const Launch& launch) {
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < launch.segment_count; i++) tiles += tiles_of(launch.segments[i].numel);
+  return tiles;
 }
 
 // Segments of the same types, among [begin, end).
@@ -60,10 +63,11 @@ inline std::vector<Part> find_parts(const Launch& launch, int streams, std::vect
       if (seed.numel == 0) (*part_of)[i] = -1;
       if ((*part_of)[i] != kOpen || is_complete(seed, streams) != complete) continue;
       Part part{int(parts.size()), {}, i, i + 1};
-      for (int s = 0; s < streams; s++) part.dtype[s] = seed.dtype[s];
-      const DType computed = seed.dtype[0] == DType::f64 ? DType::f64 : DType::f32;
-      for (int s = 2; s < streams; s++)
-        if (seed.data[s] == nullptr) part.dtype[s] = computed;
+      DType absent = seed.dtype[0] == DType::f64 ? DType::f64 : DType::f32;
+      for (int s = streams - 1; s >= 2; s--)
+        if (seed.data[s] != nullptr) absent = seed.dtype[s];
+      for (int s = 0; s < streams; s++)
+        part.dtype[s] = s < 2 || seed.data[s] != nullptr ? seed.dtype[s] : absent;
       for (int64_t k = 0; k < count; k++) {
         const Segment& segment = launch.segments[k];
         if ((*part_of)[k] != kOpen || segment.numel == 0 || !fits(segment, part.dtype, streams))
@@ -84,25 +88,26 @@ inline int layout_words(const Layout* layout, int streams) {
 
 // Counts the words of a table as tensors are added to it.
 struct Size {
-  Shape shape;
+  const RuleInfo& rule;
   int32_t first_row = INT32_MAX, last_row = -1;
   int64_t tensors = 0, tiles = 0;
 
   void add(const Segment& segment, bool in_part) {
-    tensors += 1 + shape.streams;
+    tensors += tensor_words(rule);
     if (!in_part) return;
-    tensors += layout_words(segment.layout, shape.streams);
+    tensors += layout_words(segment.layout, streams_of(rule));
     tiles += tiles_of(segment.numel);
     first_row = segment.row < first_row ? segment.row : first_row;
     last_row = segment.row > last_row ? segment.row : last_row;
   }
-  int64_t rows() const { return int64_t(last_row - first_row + 1) * shape.row_words(); }
+  int64_t rows() const { return int64_t(last_row - first_row + 1) * row_words(rule); }
 };
 
 // How far the segments from `begin` on fit into the arguments of one kernel; at least one does.
 inline int64_t end_of_arguments(const Launch& launch, const Part& part,
-                                const std::vector<int>& part_of, Shape shape, int64_t begin) {
-  Size size{shape};
+                                const std::vector<int>& part_of, const RuleInfo& rule,
+                                int64_t begin) {
+  Size size{rule};
   for (int64_t i = begin; i < part.end; i++) {
     size.add(launch.segments[i], part_of[i] == part.number);
     if (i > begin && size.rows() + size.tensors > LargeArgs::kWords) return i;
@@ -124,7 +129,6 @@ inline uint64_t word_of(const void* address) {
 struct Table {
   Header header;
   std::vector<uint64_t> rows, tensors;
-  int64_t begin = 0;  // the segment that is its tensor 0
   int64_t words() const { return int64_t(rows.size() + tensors.size()); }
 };
 
@@ -137,10 +141,10 @@ void fill(const Table& table, A* args) {
   std::copy(table.tensors.begin(), table.tensors.end(), args->words + table.rows.size());
 }
 
-inline void pack_rows(const Launch& launch, const OnDevice& on_device, Shape shape, int32_t begin,
-                      int32_t end, std::vector<uint64_t>* words) {
+inline void pack_rows(const Launch& launch, const OnDevice& on_device, const RuleInfo& rule,
+                      int32_t begin, int32_t end, std::vector<uint64_t>* words) {
   for (int32_t row = begin; row < end; row++) {
-    for (int k = 0; k < shape.hyper; k++)
+    for (int k = 0; k < rule.hyper; k++)
       words->push_back(word_of(launch.hyper[int64_t(row) * launch.hyper_stride + k]));
     words->push_back(word_of(launch.grad_multiplier[row]));
     const uint64_t lr = on_device.lr ? word_of(on_device.lr[row]) : 0;
@@ -164,29 +168,30 @@ inline uint64_t pack_layout(const Segment& segment, int streams, std::vector<uin
 
 // Tensor i of the table is segment begin + i; those of other parts have no tiles.
 inline void pack(const Launch& launch, const OnDevice& on_device, const Part& part,
-                 const std::vector<int>& part_of, Shape shape, int64_t begin, int64_t end,
+                 const std::vector<int>& part_of, const RuleInfo& rule, int64_t begin, int64_t end,
                  Table* table) {
-  Size size{shape};
+  Size size{rule};
   for (int64_t i = begin; i < end; i++) size.add(launch.segments[i], part_of[i] == part.number);
   const int32_t first_row = size.first_row;
   table->rows.reserve(size.rows());
-  if (shape.row_words() != 0)
-    pack_rows(launch, on_device, shape, first_row, size.last_row + 1, &table->rows);
+  pack_rows(launch, on_device, rule, first_row, size.last_row + 1, &table->rows);
   const int64_t count = end - begin;
+  const int streams = streams_of(rule);
   std::vector<uint64_t>& words = table->tensors;
   words.reserve(size.tensors);
-  words.resize(count * (1 + shape.streams));
+  words.resize(count * tensor_words(rule));
   uint32_t tiles = 0;
   for (int64_t i = 0; i < count; i++) {
     const Segment& segment = launch.segments[begin + i];
     Entry entry{tiles, 1, false, false, 0};
     if (part_of[begin + i] == part.number) {
       const int64_t own = tiles_of(segment.numel);
-      entry = {tiles += uint32_t(own), int(segment.numel - (own - 1) * kTile),
-               segment.tensor[0] != 0, segment.layout != nullptr,
-               shape.row_words() != 0 ? uint32_t(segment.row - first_row) : 0};
-      for (int s = 0; s < shape.streams; s++) words[count * (1 + s) + i] = word_of(segment.data[s]);
-      if (entry.strided) words[count + i] = pack_layout(segment, shape.streams, &words);
+      entry = {tiles += uint32_t(own), int(segment.numel - (own - 1) * kTile), segment.first,
+               segment.layout != nullptr, uint32_t(segment.row - first_row)};
+      for (int s = 0; s < streams; s++) words[count * (1 + s) + i] = word_of(segment.data[s]);
+      for (int k = 0; k < rule.kept; k++)
+        words[count * (1 + streams + k) + i] = word_of(segment.kept[k]);
+      if (entry.strided) words[count + i] = pack_layout(segment, streams, &words);
     }
     words[i] = word_of(entry);
   }
@@ -195,6 +200,8 @@ inline void pack(const Launch& launch, const OnDevice& on_device, const Part& pa
   header.found_inf = on_device.found_inf;
   header.first = on_device.first ? on_device.first + begin : nullptr;
   header.ticket = on_device.first ? on_device.ticket : nullptr;
+  if (on_device.tensor_scalars != nullptr)
+    header.tensor_scalars = on_device.tensor_scalars + begin * rule.tensor_scalars;
   header.tensor_count = uint32_t(count);
   header.tiles = tiles;
   std::memcpy(header.dtype, part.dtype, sizeof(header.dtype));

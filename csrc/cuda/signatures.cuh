@@ -1,8 +1,8 @@
-// Which combinations of types have a kernel of their own; AnyCodec takes all others. Compiled in
-// three groups, each for every rule.
+// Which combinations of types have a kernel of their own; AnyCodec takes all others. Updates are
+// compiled in three groups, each for every rule; measuring passes have less to gain.
 #pragma once
 
-#include "pass.cuh"
+#include "elements.cuh"
 
 namespace fused_momentum::cuda {
 
@@ -17,16 +17,16 @@ struct Signature {
   static bool matches(const DType* dtype, int states) {
     bool all = P::matches(dtype[0]) && G::matches(dtype[1]);
     all &= (sizeof(T) == 8) == (dtype[0] == DType::f64);
-    for (int s = 0; s < states; s++) all &= S::matches(dtype[2 + s]) && dtype[2 + s] == dtype[2];
+    for (int s = 0; s < states; s++) all &= S::matches(dtype[2 + s]);
     return all;
   }
 };
 
 template <class... S>
 struct Signatures {
-  // Calls f with a Pass of the rule for these types; returns whether there is one.
+  // Calls f with the rule's Types for these dtypes; returns whether there are such.
   template <class F>
-  static bool with_pass(int rule, const DType* dtype, F&& f) {
+  static bool with_types(int rule, const DType* dtype, F&& f) {
     bool found = false;
     int index = 0;
     for_each_rule([&](auto example) {
@@ -34,7 +34,7 @@ struct Signatures {
       if (index++ != rule) return;
       ((!found && S::matches(dtype, Rule::kStates)
             ? (found = true,
-               f(Pass<Rule, typename S::T, typename S::P, typename S::G, typename S::S>{}))
+               f(Types<Rule, typename S::T, typename S::P, typename S::G, typename S::S>{}))
             : void()),
        ...);
     });
@@ -47,6 +47,8 @@ using Singles = Signatures<Signature<float, F32, F32, F32>, Signature<float, F32
 using Halves = Signatures<Signature<float, BF16, BF16, F32>, Signature<float, BF16, BF16, BF16>,
                           Signature<float, BF16, F32, F32>, Signature<float, F16, F16, F32>,
                           Signature<float, F16, F16, F16>>;
+using Measured = Signatures<Signature<float, F32, F32, F32>, Signature<float, BF16, BF16, F32>,
+                            Signature<double, F64, F64, F64>>;
 using Others = Signatures<Signature<float, AnyCodec, AnyCodec, AnyCodec>,
                           Signature<double, AnyCodec, AnyCodec, AnyCodec>>;
 

@@ -16,8 +16,9 @@ class Machine {
   // Brings words to the device; they stay until the next call with the same number.
   virtual Status upload(int number, const std::vector<uint64_t>& words,
                         const uint64_t** address) = 0;
-  // Starts the kernels over a table. Words that are not on the device go into their arguments.
-  virtual Status start(int rule, const Table& table) = 0;
+  // Starts the kernels over a table: the rule's update, or the two of its measuring pass. Words
+  // that are not on the device go into their arguments.
+  virtual Status start(int rule, bool measures, const Table& table, int* launches) = 0;
 
   int tiles_per_block = 0;
 
@@ -56,28 +57,27 @@ inline Status place(int number, Table* table, Machine& machine) {
   return {};
 }
 
-inline Status check(const Launch& launch, Shape shape) {
-  constexpr int kInvalidValue = 1;
-  int64_t tiles = 0;
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+inline Status check(const Launch& launch) {
   int32_t row = 0;
-  for (int64_t i = 0; i < launch.segment_count; i++) {
-    tiles += tiles_of(launch.segments[i].numel);
-    row = std::max(row, launch.segments[i].row);
-  }
-  if (tiles >= kMaxTiles) return {kInvalidValue, "more than 2^41 elements in one step"};
-  if (shape.row_words() != 0 && row >= int32_t(kMaxRows))
+  for (int64_t i = 0; i < launch.segment_count; i++) row = std::max(row, launch.segments[i].row);
+  if (count_tiles(launch) >= kMaxTiles)
+    return {kInvalidValue, "more than 2^41 elements in one step"};
+  if (row >= int32_t(kMaxRows))
     return {kInvalidValue, "more than 2^20 parameter groups in one step"};
   return {};
 }
 
 // Makes everything that can fail before anything starts: a step happens whole or not at all.
-inline Status make_tables(const Launch& launch, const OnDevice& on_device, Shape shape,
-                          Machine& machine, std::vector<Table>* tables) {
-  const Status checked = check(launch, shape);
+inline Status make_tables(const Launch& launch, const OnDevice& on_device, Machine& machine,
+                          std::vector<Table>* tables) {
+  const RuleInfo& rule = rule_infos()[launch.rule];
+  const Status checked = check(launch);
   if (checked.code != 0) return checked;
   std::vector<int> part_of;
-  for (const Part& part : find_parts(launch, shape.streams, &part_of)) {
-    int64_t begin = part.begin, end = end_of_arguments(launch, part, part_of, shape, begin);
+  for (const Part& part : find_parts(launch, streams_of(rule), &part_of)) {
+    int64_t begin = part.begin, end = end_of_arguments(launch, part, part_of, rule, begin);
     bool capturing = false;
     if (end < part.end) {
       const Status status = machine.is_capturing(&capturing);
@@ -87,14 +87,13 @@ inline Status make_tables(const Launch& launch, const OnDevice& on_device, Shape
     }
     while (begin < part.end) {
       Table table;
-      pack(launch, on_device, part, part_of, shape, begin, end, &table);
+      pack(launch, on_device, part, part_of, rule, begin, end, &table);
       table.header.tiles_per_block = choose_tiles_per_block(table.header.tiles, machine);
-      table.begin = begin;
-      const Status status = place(2 * part.number + (shape.row_words() != 0), &table, machine);
+      const Status status = place(part.number, &table, machine);
       if (status.code != 0) return status;
       if (table.header.tiles != 0) tables->push_back(std::move(table));
       begin = end;
-      if (begin < part.end) end = end_of_arguments(launch, part, part_of, shape, begin);
+      if (begin < part.end) end = end_of_arguments(launch, part, part_of, rule, begin);
     }
   }
   return {};
@@ -104,24 +103,23 @@ inline Status run_step(const Launch& launch, const OnDevice& on_device, Machine&
                        int* launches) {
   std::vector<Table> tables;
   *launches = 0;
-  Status status = make_tables(launch, on_device, shape_of(launch.rule), machine, &tables);
-  for (size_t i = 0; status.code == 0 && i < tables.size(); i++, ++*launches)
-    status = machine.start(launch.rule, tables[i]);
+  Status status = make_tables(launch, on_device, machine, &tables);
+  for (size_t i = 0; status.code == 0 && i < tables.size(); i++)
+    status = machine.start(launch.rule, false, tables[i], launches);
   return status;
 }
 
-constexpr int kGradSums = -1;  // in place of a rule
-
-inline Status run_grad_sums(const Launch& launch, double* tile_sums, double* sums,
-                            Machine& machine) {
+// The kernels of one table after those of another, so that all may use the same tile sums.
+inline Status run_measure(const Launch& launch, const OnDevice& on_device, bool updates,
+                          double* tile_sums, Machine& machine, int* launches) {
   std::vector<Table> tables;
-  Status status = make_tables(launch, {}, Shape{}, machine, &tables);
+  *launches = 0;
+  if (rule_infos()[launch.rule].sums == 0) return {kInvalidValue, "the rule measures nothing"};
+  Status status = make_tables(launch, on_device, machine, &tables);
   for (size_t i = 0; status.code == 0 && i < tables.size(); i++) {
-    Header& header = tables[i].header;
-    header.tile_sums = tile_sums;
-    header.sums = sums + tables[i].begin;
-    header.sums_stride = launch.segment_count;
-    status = machine.start(kGradSums, tables[i]);
+    tables[i].header.tile_sums = tile_sums;
+    tables[i].header.updates = updates;
+    status = machine.start(launch.rule, true, tables[i], launches);
   }
   return status;
 }

@@ -5,8 +5,9 @@
 //   hyper-parameters as doubles, gradient multiplier as a double,
 //   address of a learning rate on the device (lowest bit set: a double, else a float) or 0.
 // Words of n tensors:
-//   n of `Entry`, then n addresses for each stream in turn. Where the entry says `strided`, the
-//   address of stream 0 is the number of the word at which its layout begins:
+//   n of `Entry`, then n addresses for each stream in turn, then n for each kept number in turn (0:
+//   absent). Where the entry says `strided`, the address of stream 0 is the number of the word at
+//   which its layout begins:
 //   address of each stream, dims, and for each dimension: size, 1 / size, stride in each stream.
 #pragma once
 
@@ -53,12 +54,28 @@ struct Header {
   const float* found_inf = nullptr;
   uint8_t* first = nullptr;  // per tensor, instead of Entry::first; cleared at the end
   uint32_t* ticket = nullptr;
-  double* tile_sums = nullptr;
-  double* sums = nullptr;
-  int64_t sums_stride = 0;
+  double* tile_sums = nullptr;  // of a measuring pass: `tiles` of each sum in turn
+  double* tensor_scalars =
+      nullptr;  // kTensor per tensor: measuring writes them, updating reads them
   uint32_t tensor_count = 0, tiles = 0, tiles_per_block = 1, tensors_at = 0;
   DType dtype[kMaxStreams] = {};
+  bool updates = false;  // an update follows the measuring pass
 };
+
+// Whether the step must change nothing.
+FM_DEVICE bool is_skipped(const Header& header) {
+  return header.found_inf != nullptr && *header.found_inf != 0.0f;
+}
+
+// The tiles [begin, end) of a block.
+struct Tiles {
+  uint32_t begin, end;
+};
+
+FM_DEVICE Tiles tiles_of_block(const Header& header, uint32_t block) {
+  const uint32_t begin = block * header.tiles_per_block, rest = header.tiles - begin;
+  return {begin, rest < header.tiles_per_block ? header.tiles : begin + header.tiles_per_block};
+}
 
 // The arguments of a kernel. CUDA takes 32,764 bytes of them; a call that needs few is cheaper with
 // the small ones.
@@ -87,9 +104,27 @@ FM_DEVICE Entry entry_at(const A& args, uint32_t i) {
   return entry_of(tensor_word(args, i));
 }
 
+// Tensor i of the table, and its tiles [start, entry.tile_end); those of other parts have none.
+struct Place {
+  uint32_t i, start;
+  Entry entry;
+
+  FM_DEVICE bool is_empty() const { return start == entry.tile_end; }
+  FM_DEVICE int64_t begin(uint32_t tile) const { return int64_t(tile - start) * kTile; }
+  FM_DEVICE int elements(uint32_t tile) const {
+    return tile + 1 == entry.tile_end ? entry.tail : kTile;
+  }
+  FM_DEVICE int64_t numel() const { return begin(entry.tile_end - 1) + entry.tail; }
+};
+
+template <class A>
+FM_DEVICE Place place_at(const A& args, uint32_t i) {
+  return {i, i == 0 ? 0 : entry_at(args, i - 1).tile_end, entry_at(args, i)};
+}
+
 // The tensor that a tile belongs to: the first whose tile_end exceeds it.
 template <class A>
-FM_DEVICE uint32_t tensor_of(const A& args, uint32_t tile) {
+FM_DEVICE Place place_of(const A& args, uint32_t tile) {
   uint32_t low = 0, high = args.header.tensor_count;
   while (low < high) {
     const uint32_t middle = (low + high) / 2;
@@ -98,7 +133,17 @@ FM_DEVICE uint32_t tensor_of(const A& args, uint32_t tile) {
     else
       low = middle + 1;
   }
-  return low;
+  return place_at(args, low);
+}
+
+// The next tensor that has tiles.
+template <class A>
+FM_DEVICE Place place_after(const A& args, const Place& place) {
+  Place next = place;
+  do {
+    next = {next.i + 1, next.entry.tile_end, entry_at(args, next.i + 1)};
+  } while (next.is_empty());
+  return next;
 }
 
 }  // namespace fused_momentum::cuda

@@ -13,12 +13,12 @@ struct Tensor {
 };
 
 template <int kStreams, class A>
-FM_DEVICE Tensor<kStreams> tensor_at(const A& args, uint32_t i, bool strided) {
+FM_DEVICE Tensor<kStreams> tensor_at(const A& args, const Place& place) {
   const uint64_t count = args.header.tensor_count;
   Tensor<kStreams> tensor;
   tensor.dims = 0;
-  uint64_t at = count + i, stride = count;
-  if (strided) {
+  uint64_t at = count + place.i, stride = count;
+  if (place.entry.strided) {
     at = tensor_word(args, at);
     stride = 1;
     tensor.dims = int(tensor_word(args, at + kStreams));
@@ -39,12 +39,20 @@ FM_DEVICE bool is_aligned(const Tensor<kStreams>& tensor) {
   return low == 0;
 }
 
-// Where element `index` lies in each stream, in elements.
+// A place of its own in each stream, in elements.
+template <int kStreams>
+struct Places {
+  int64_t at[kStreams];
+  FM_DEVICE bool has(int) const { return true; }
+  FM_DEVICE int64_t place(int, int stream) const { return at[stream]; }
+};
+
+// Where element `index` of a tensor lies.
 template <int kStreams, class A>
-FM_DEVICE void find_offsets(const A& args, const Tensor<kStreams>& tensor, int64_t index,
-                            int64_t* offsets) {
+FM_DEVICE Places<kStreams> places_of(const A& args, const Tensor<kStreams>& tensor, int64_t index) {
+  Places<kStreams> places;
 #pragma unroll
-  for (int s = 0; s < kStreams; s++) offsets[s] = 0;
+  for (int s = 0; s < kStreams; s++) places.at[s] = tensor.dims == 0 ? index : 0;
 #pragma unroll 1
   for (int d = tensor.dims - 1; d >= 0; d--) {
     const uint64_t at = tensor.layout + d * (kStreams + 2);
@@ -57,8 +65,9 @@ FM_DEVICE void find_offsets(const A& args, const Tensor<kStreams>& tensor, int64
     index = quotient;
 #pragma unroll
     for (int s = 0; s < kStreams; s++)
-      offsets[s] += coordinate * int64_t(tensor_word(args, at + 2 + s));
+      places.at[s] += coordinate * int64_t(tensor_word(args, at + 2 + s));
   }
+  return places;
 }
 
 }  // namespace fused_momentum::cuda

@@ -24,20 +24,20 @@ DTYPES = [
     torch.bfloat16,
     torch.float16,
 ]  # in the order of csrc/launch.h
-GRAD_SUMS = -1
-MAX_DIMS, MAX_STREAMS, TILE = 8, 7, 1024
+MAX_DIMS, MAX_STREAMS, MAX_KEPT, TILE = 8, 7, 3, 1024
 
 
 class Tensor(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p * MAX_STREAMS),
+        ("kept", ctypes.c_void_p * MAX_KEPT),
         ("numel", ctypes.c_int64),
         ("sizes", ctypes.c_int64 * MAX_DIMS),
         ("strides", ctypes.c_int64 * MAX_DIMS * MAX_STREAMS),
-        ("first", ctypes.c_double),
         ("row", ctypes.c_int32),
         ("dims", ctypes.c_int32),
         ("dtype", ctypes.c_uint8 * MAX_STREAMS),
+        ("first", ctypes.c_uint8),
     )
 
 
@@ -54,7 +54,8 @@ class Launch(ctypes.Structure):
         *((key, ctypes.c_int32) for key in ("capturing", "tiles_per_block", "seed")),
         *((key, ctypes.c_int32) for key in ("skip_block", "repeat_block")),
         ("first_block", ctypes.c_int64),
-        *((key, ctypes.c_void_p) for key in ("tile_sums", "sums")),
+        *((key, ctypes.c_int32) for key in ("measures", "updates")),
+        *((key, ctypes.c_void_p) for key in ("tile_sums", "tensor_scalars")),
     )
 
 
@@ -79,10 +80,12 @@ def has_compiler():
 
 
 def sources():
-    """Every file that the shim is compiled from."""
-    return sorted(
-        p for d in (ROOT / "csrc", HERE) for p in d.rglob("*") if p.suffix[:2] in (".h", ".c")
-    )
+    """Every file that the shim and the kernels are compiled from."""
+    csrc = ROOT / "csrc"
+    files = [*csrc.glob("*.h"), csrc / "cpu" / "codec.h"]
+    folders = (csrc / "rules", csrc / "cuda", HERE)
+    files += [p for d in folders for p in d.iterdir() if p.suffix[:2] in (".h", ".c")]
+    return sorted(files)
 
 
 def digest(*words):
@@ -102,20 +105,15 @@ def build(folder):
     return ctypes.CDLL(str(library))
 
 
-def real(tensor):
-    """The tensor as the extension takes it: complex numbers as pairs, nothing lazy."""
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 def _address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _describe(streams, row, first):
-    """A tensor of the launch from its streams p, g, states, of which some may be None."""
-    made = Tensor(numel=streams[0].numel(), row=row, first=first, dims=streams[0].ndim)
+def _describe(streams, row, first, kept):
+    """A tensor of the launch from its streams p, g, states, and numbers; some may be None."""
+    made = Tensor(numel=streams[0].numel(), row=row, first=bool(first), dims=streams[0].ndim)
     made.sizes[: made.dims] = streams[0].shape
+    made.kept[: len(kept)] = [_address(number) for number in kept]
     for s, stream in enumerate(streams):
         made.dtype[s] = DTYPES.index((streams[0] if stream is None else stream).dtype)
         if stream is not None:
@@ -174,26 +172,32 @@ class Shim:
         self.library = build(folder)
         self.words = functools.partial(self.library.shim_words)  # of the arguments: large or not
 
-    def run(self, rule, tensors, *, hyper=(), multipliers=(), rows=None, first=None, **options):
-        """One step of rule number ``rule`` over tensors, each a list [p, g, *states].
+    def run(
+        self, rule, tensors, *, hyper, multipliers=(), rows=None, first=None, kept=None, **options
+    ):
+        """One pass of rule number ``rule`` over tensors, each a list [p, g, *states].
 
         ``hyper``: one list of hyper-parameters per row. ``lr``: per row a tensor or None.
         ``first``: flags known to the host, ``flags``: a tensor of them in the device's memory.
+        ``kept``: per tensor a list of numbers. ``measures``: the measuring pass, not the update.
         ``unknown``: a tensor that kernels may not touch. ``before``: elements that the first tensor
         is said to have before its own; the blocks that would work on them do not run.
         Other options are those of ShimLaunch in shim.cpp; tensors are passed by address.
         """
         count = len(tensors)
         rows, first = rows or [0] * count, first or [0.0] * count
-        described = (Tensor * count)(*map(_describe, tensors, rows, first))
+        kept = kept or [()] * count
+        described = (Tensor * count)(*map(_describe, tensors, rows, first, kept))
         before = options.pop("before", 0)
         if before:
             _put_before(described[0], before)
             options |= {"tiles_per_block": 1, "first_block": before // TILE}
-        known = [t for streams in tensors for t in streams if t is not None]
-        counts = Counts([t for t in known if t is not options.get("unknown")])
-        others = Counts([options[key] for key in ("tile_sums", "sums") if key in options])
-        regions = sorted(counts.regions() + others.regions(), key=lambda region: region.begin)
+        known = [t for of in (tensors, kept) for given in of for t in given]
+        known += [options.get(key) for key in ("tile_sums", "tensor_scalars")]
+        known += options.get("lr") or []
+        unknown = options.pop("unknown", None)
+        counts = Counts([t for t in known if t is not None and t is not unknown])
+        regions = sorted(counts.regions(), key=lambda region: region.begin)
         self.library.shim_memory((Region * len(regions))(*regions), len(regions))
         table = torch.tensor(hyper, dtype=torch.float64)
         multiplier = torch.tensor(multipliers or [1.0] * len(hyper), dtype=torch.float64)
@@ -209,7 +213,6 @@ class Shim:
             launch.lr = ctypes.cast(addresses, ctypes.c_void_p)
             launch.lr_dtype = ctypes.cast(dtypes, ctypes.c_void_p)
         launch.skip_block = launch.repeat_block = -1
-        options.pop("unknown", None)
         for key, value in options.items():
             setattr(launch, key, _address(value) if isinstance(value, torch.Tensor) else value)
         result = Result()

@@ -64,9 +64,12 @@ void write(W* at, const W& value) {
   if (memory.touch<W>(at, true)) std::memcpy(at, &value, sizeof(W));
 }
 
+// Read by every thread: not counted.
 template <class W>
-W read_scalar(uint64_t address) {
-  return *reinterpret_cast<const W*>(address);
+W read_scalar(const W* at) {
+  if (memory.find(reinterpret_cast<const char*>(at), sizeof(W)) != nullptr) return *at;
+  memory.strays++;
+  return {};
 }
 
 inline uint32_t bf16_pair(float low, float high) {
@@ -75,6 +78,10 @@ inline uint32_t bf16_pair(float low, float high) {
 
 inline uint32_t f16_pair(float low, float high) {
   return cpu_codec::f16::store(low) | uint32_t(cpu_codec::f16::store(high)) << 16;
+}
+
+inline float bf16_value(uint16_t half) {
+  return cpu_codec::bf16::load(half);
 }
 
 inline float f16_value(uint16_t half) {

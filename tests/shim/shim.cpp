@@ -1,15 +1,17 @@
 // Runs every block and thread of the CUDA kernels' own source on the CPU, one after the other in a
 // shuffled order, through the same packing of tables as the GPU. Called from Python by ctypes.
 #define FM_MACHINE "machine.h"
+#include "toys.h"
 
 #include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
 
+#include "cuda/measure.cuh"
+#include "cuda/pass.cuh"
 #include "cuda/signatures.cuh"
 #include "cuda/steps.h"
-#include "cuda/sums.cuh"
 #include "layout.h"
 
 using namespace fused_momentum;
@@ -18,11 +20,10 @@ using namespace fused_momentum::cuda;
 extern "C" {
 
 struct ShimTensor {
-  void* data[kMaxStreams];
+  void *data[kMaxStreams], *kept[kMaxKept];
   int64_t numel, sizes[kMaxDims], strides[kMaxStreams][kMaxDims];
-  double first;
   int32_t row, dims;
-  uint8_t dtype[kMaxStreams];
+  uint8_t dtype[kMaxStreams], first;
 };
 
 struct ShimLaunch {
@@ -38,7 +39,8 @@ struct ShimLaunch {
   int32_t capturing, tiles_per_block, seed;
   int32_t skip_block, repeat_block;  // -1, or a fault to make
   int64_t first_block;               // blocks before it are left out
-  double *tile_sums, *sums;
+  int32_t measures, updates;         // a measuring pass; whether the update follows
+  double *tile_sums, *tensor_scalars;
 };
 
 struct ShimResult {
@@ -69,28 +71,31 @@ struct Shim final : Machine {
     return {};
   }
 
-  Status start(int rule, const Table& table) override {
+  Status start(int rule, bool measures, const Table& table, int* launches) override {
+    *launches += measures ? 2 : 1;
+    auto args = std::make_unique<LargeArgs>();
     if (table.words() > SmallArgs::kWords) {
       result->large++;
-      return start_with<LargeArgs>(rule, table);
+      fill(table, args.get());
+    } else {  // the kernels for small arguments are the same but for their size: compiled once
+      auto small = std::make_unique<SmallArgs>();
+      fill(table, small.get());
+      args->header = small->header;
+      std::copy(small->words, std::end(small->words), args->words);
     }
-    return start_with<SmallArgs>(rule, table);
-  }
-
-  template <class A>
-  Status start_with(int rule, const Table& table) {
-    auto args = std::make_unique<A>();
-    fill(table, args.get());
-    if (rule == kGradSums) {
-      sum<GradTerms>(*args);
-      return {};
-    }
-    const auto drive = [&](auto pass) { this->drive<decltype(pass)>(*args); };
+    const auto drive = [&](auto types) {
+      using Types = decltype(types);
+      if (!measures)
+        this->update<Pass<Types>>(*args);
+      else if constexpr (!std::is_void_v<typename Types::Rule::Measure>)
+        this->measure<Types>(*args);
+    };
     const DType* dtype = args->header.dtype;
-    const bool own =
-        Singles::with_pass(rule, dtype, drive) || Halves::with_pass(rule, dtype, drive);
+    const bool own = measures ? Measured::with_types(rule, dtype, drive)
+                              : Singles::with_types(rule, dtype, drive) ||
+                                    Halves::with_types(rule, dtype, drive);
     result->own_kernels += own;
-    if (!own && !Others::with_pass(rule, dtype, drive)) return {1, "no kernel"};
+    if (!own && !Others::with_types(rule, dtype, drive)) return {1, "no kernel"};
     return {};
   }
 
@@ -102,18 +107,23 @@ struct Shim final : Machine {
     return order;
   }
 
-  template <class P, class A>
-  void drive(const A& args) {
-    const uint32_t grid = blocks_of(args.header);
-    std::vector<uint32_t> blocks = shuffled(grid, uint32_t(launch.first_block));
+  // The blocks that a launch over tiles runs, faults included.
+  std::vector<uint32_t> blocks(const Header& header) {
+    const uint32_t grid = blocks_of(header);
     result->blocks += grid;
-    if (launch.repeat_block >= 0) blocks.push_back(launch.repeat_block);
-    for (uint32_t block : blocks) {
-      if (int64_t(block) == launch.skip_block) continue;
-      for (uint32_t thread : shuffled(kThreads)) P::run(args, block, int(thread));
+    std::vector<uint32_t> order = shuffled(grid, uint32_t(launch.first_block));
+    if (launch.repeat_block >= 0) order.push_back(launch.repeat_block);
+    order.erase(std::remove(order.begin(), order.end(), uint32_t(launch.skip_block)), order.end());
+    return order;
+  }
+
+  template <class P, class A>
+  void update(const A& args) {
+    for (uint32_t block : blocks(args.header)) {
+      for_each_thread([&](int thread) { P::run(args, block, thread); });
       if (args.header.ticket == nullptr) continue;
-      if ((*args.header.ticket)++ == grid - 1)
-        for (uint32_t thread : shuffled(kThreads)) clear_first(args, int(thread));
+      if ((*args.header.ticket)++ == blocks_of(args.header) - 1)
+        for_each_thread([&](int thread) { clear_first(args, thread); });
     }
   }
 
@@ -122,23 +132,43 @@ struct Shim final : Machine {
     for (uint32_t thread : shuffled(kThreads)) f(int(thread));
   }
 
-  template <class Terms, class A>
-  void sum(const A& args) {
-    using S = Sums<Terms>;
-    Lanes<S::kSums> lanes;
-    const auto halve = [&] {
-      for (int h = kThreads / 2; h > 0; h /= 2)
-        for_each_thread([&](int thread) { S::halve_lanes(h, thread, lanes); });
-    };
-    for (uint32_t tile : shuffled(args.header.tiles)) {
-      for_each_thread([&](int thread) { S::gather_tile(args, tile, thread, lanes); });
-      halve();
-      S::store_tile(args, tile, lanes);
+  template <int kSums>
+  void halve(Lanes<kSums>& lanes) {
+    for (int h = kThreads / 2; h > 0; h /= 2)
+      for_each_thread([&](int thread) { lanes.halve(h, thread); });
+  }
+
+  // Calls f for each thread; whether they all return true. All must return the same.
+  template <class F>
+  bool agree(F&& f) {
+    int yes = 0;
+    for_each_thread([&](int thread) { yes += f(thread) ? 1 : 0; });
+    if (yes != 0 && yes != kThreads) result->code = 1;
+    return yes == kThreads;
+  }
+
+  // The kernels of csrc/cuda/measure.cu.
+  template <class Types, class A>
+  void measure(const A& args) {
+    using Tiles = TilePass<Types>;
+    using Tensors = TensorPass<typename Types::Rule>;
+    Lanes<Tiles::kSums> lanes;
+    for (uint32_t block : is_skipped(args.header) ? std::vector<uint32_t>() : blocks(args.header)) {
+      const auto tiles = tiles_of_block(args.header, block);
+      std::deque<Tiles> threads;
+      for (int thread = 0; thread < kThreads; thread++)
+        threads.emplace_back(args, tiles.begin, thread);
+      for (uint32_t tile = tiles.begin; tile < tiles.end; tile++) {
+        if (!agree([&](int thread) { return threads[thread].gather(args, tile, lanes); })) continue;
+        halve(lanes);
+        Tiles::store(args, tile, lanes);
+      }
     }
     for (uint32_t i : shuffled(args.header.tensor_count)) {
-      for_each_thread([&](int thread) { S::gather_tensor(args, i, thread, lanes); });
-      halve();
-      S::store_tensor(args, i, lanes);
+      const bool measured =
+          agree([&](int thread) { return Tensors::gather(args, i, thread, lanes); });
+      if (measured) halve(lanes);
+      Tensors::settle(args, i, measured, lanes);
     }
   }
 
@@ -158,7 +188,8 @@ bool describe(const ShimTensor& tensor, int streams, Segment* segment, Layout* l
   }
   segment->numel = tensor.numel;
   segment->row = tensor.row;
-  segment->tensor[0] = tensor.first;
+  segment->first = tensor.first != 0;
+  std::copy(tensor.kept, tensor.kept + kMaxKept, segment->kept);
   const auto kind = make_layout(tensor.dims, strided, false, layout);
   segment->layout = kind == LayoutKind::strided ? layout : nullptr;
   return kind != LayoutKind::too_many_dims;
@@ -180,12 +211,11 @@ __attribute__((visibility("default"))) int shim_words(int large) {
 
 __attribute__((visibility("default"))) void shim_run(const ShimLaunch* given, ShimResult* result) {
   *result = {};
-  const bool sums = given->rule == kGradSums;
-  const Shape shape = sums ? Shape{} : shape_of(given->rule);
+  const int streams = streams_of(rule_infos()[given->rule]);
   std::vector<Segment> segments(given->count);
   std::vector<Layout> layouts(given->count);
   for (int64_t i = 0; i < given->count; i++)
-    if (!describe(given->tensors[i], shape.streams, &segments[i], &layouts[i])) result->code = 1;
+    if (!describe(given->tensors[i], streams, &segments[i], &layouts[i])) result->code = 1;
   Launch launch;
   launch.rule = given->rule;
   launch.segments = segments.data();
@@ -193,12 +223,18 @@ __attribute__((visibility("default"))) void shim_run(const ShimLaunch* given, Sh
   launch.hyper = given->hyper;
   launch.hyper_stride = given->hyper_stride;
   launch.grad_multiplier = given->grad_multiplier;
-  OnDevice on_device{given->grad_scale, given->found_inf, given->first,
-                     given->ticket,     given->lr,        nullptr};
+  OnDevice on_device;
+  on_device.grad_scale = given->grad_scale;
+  on_device.found_inf = given->found_inf;
+  on_device.first = given->first;
+  on_device.ticket = given->ticket;
+  on_device.lr = given->lr;
   on_device.lr_dtype = reinterpret_cast<const DType*>(given->lr_dtype);
+  on_device.tensor_scalars = given->tensor_scalars;
   Shim shim(*given, result);
-  const Status status = sums ? run_grad_sums(launch, given->tile_sums, given->sums, shim)
-                             : run_step(launch, on_device, shim, &result->launches);
+  const Status status = given->measures ? run_measure(launch, on_device, given->updates,
+                                                      given->tile_sums, shim, &result->launches)
+                                        : run_step(launch, on_device, shim, &result->launches);
   result->code |= status.code;
   result->strays = memory.strays;
   result->misaligned = memory.misaligned;
