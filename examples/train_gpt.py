@@ -221,6 +221,7 @@ def draw(runs, size_name, path):
         axes.bar_label(bars, fmt=f"%.3g {unit}")
         axes.set(title=title, ylabel=unit if unit == "ms" else "bytes per parameter")
         axes.tick_params(axis="x", labelsize=8)
+        axes.margins(y=0.1)
     millions = next(iter(runs.values())).parameters / 1e6
     figure.suptitle(f"Character-level GPT, {size_name}: {millions:.3g} M parameters")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from itertools import groupby
 import pytest
 import torch
 
-from bench import arena, cases, counts, formulas, gate, providers, step
+from bench import arena, cases, counts, formulas, gate, providers, run, step
 from bench.budget import Budget
 from bench.formulas import Plain
 from bench.providers import COMPILED, FOR_LOOP, FOREACH, FUSED, OURS, RULES, SGD_HYPER
@@ -283,6 +283,27 @@ def test_budget_refuses_to_compile_for_long_and_learns_how_long_that_is():
     with budget.compiling(compiled, shapes):
         pass
     assert budget.refuse(compiled, shapes, 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("gib", "dtypes", "peers"),
+    [
+        (40.0, [torch.float32, torch.bfloat16], [FUSED, FOR_LOOP]),  # 1.04 * 36 + 1
+        (38.0, [torch.float32], [FUSED, FOR_LOOP]),
+        (25.0, [torch.float32], [FUSED]),  # 1.04 * 24 + 1 would be 26
+        (20.0, [torch.float32], []),
+        (15.0, [], []),
+    ],
+)
+def test_what_does_not_fit_in_memory_is_left_out(monkeypatch, gib, dtypes, peers):
+    monkeypatch.setattr(run.memory, "available", lambda device: gib * 2**30)
+    three = [SGD_PEERS[name] for name in (OURS, FUSED, FOR_LOOP)]
+    race = step.Race(RULES["sgd"], three, CPU, None)
+    asked = [torch.float32, torch.bfloat16]
+    fit, running, reason = run.choose([(2**30,)], asked, race, Budget(1e6, cases=1))
+    assert fit == dtypes
+    assert [provider.name for provider in running] == [OURS, *peers]
+    assert bool(reason) == (gib < 40)
 
 
 def test_a_step_goes_round_the_copies():

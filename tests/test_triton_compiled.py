@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_rule import TOY
+from toy_rule import SPY, TOY
 
 from fused_momentum.rules import RULES as TABLE
 
@@ -187,6 +187,12 @@ def test_measuring_pass(name, signature, strided, driver, tmp_path):
     check_wide_accesses(tiles, table, streams_read(rule.measure.reads, rule), writes)
 
 
+def test_what_is_never_read_is_not_loaded(driver):
+    """Even where the rule looks at it: of p, g, a and b the last."""
+    update(SPY, table_of(SPY))
+    assert global_accesses(compiled())["ld.global.v4.b32"] == 3 * 2
+
+
 def test_roots_and_quotients_are_rounded_to_nearest(driver):
     """In float32 and float64, where numbers are derived and settled and where elements are."""
     for signature, bits in (("f32", 32), ("f64", 64)):
@@ -225,15 +231,16 @@ def test_spills_would_be_seen(driver, monkeypatch, tmp_path):
     assert machine_code_use(kernel, tmp_path / "kernel.cubin")["STACK"] > 0
 
 
-def test_one_launch_whatever_the_number_of_tensors(driver):
+@pytest.mark.parametrize("name", ["sgd", "sgd_sai"])
+def test_one_launch_whatever_the_number_of_tensors(name, driver):
     """3,000 tensors are one launch; the cached one passes on exactly what Triton's own did."""
-    table = table_of(RULES["sgd"], tensors=3000)
+    table = table_of(RULES[name], tensors=3000)
     scale = torch.ones(1)
     for _ in range(2):
-        update(RULES["sgd"], table, grad_scale=scale, found_inf=scale)
-    (name, grid, arguments), again = driver.launches
-    assert (name, grid) == ("pass_kernel", (3000 * 5, 1, 1))
-    assert again == (name, grid, arguments)
+        update(RULES[name], table, grad_scale=scale, found_inf=scale)
+    (kernel, grid, arguments), again = driver.launches
+    assert (kernel, grid) == ("pass_kernel", (3000 * 5, 1, 1))
+    assert again == (kernel, grid, arguments)
     assert len(kernels.launch._compiled) == 1
 
 

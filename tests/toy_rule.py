@@ -1,4 +1,7 @@
-"""A rule with everything that a rule may have: a row for tests of the engine, in no table."""
+"""Rules for tests of the engine, in no table.
+
+TOY has everything that a rule may have; SPY looks at streams that it says it does not read.
+"""
 
 from fused_momentum.rules import Kept, Measure, Rule, State
 from fused_momentum.rules.functions import absolute, div, sqrt, where, widen
@@ -91,5 +94,31 @@ TOY = Rule(
         reads=reads_terms,
     ),
     formula="p = p - lr (1 + factor) min(fast, limit)",
+    source="none",
+)
+
+
+def derive_mask(on, first):
+    return (on,)
+
+
+def add_up(p, g, a, b, on):
+    return p + g + a + b, a, b
+
+
+def reads_some(on):
+    return 1.0, where(on != 0.0, 0.0, 1.0), on, 0.0
+
+
+SPY = Rule(
+    name="spy",
+    hyper=("on",),
+    scalars=("on",),
+    derive=derive_mask,
+    states=(State("a"), State("b")),
+    update=add_up,
+    reads=reads_some,
+    writes=("a", "b"),
+    formula="p = p + g + a + b, of those that it says are read",
     source="none",
 )

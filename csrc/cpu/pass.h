@@ -165,10 +165,11 @@ inline void find_terms(void* const* at, int n, T grad_multiplier,
   }
 }
 
-// x[i] += x[i + h] for h = 512, 256, ... 1.
+// x[i] += x[i + h] for h = 512, 256, ... 1. A constant h shows the compiler that nothing overlaps.
+template <int h = kTile / 2>
 inline double halve(double* x) {
-  for (int h = kTile / 2; h > 0; h /= 2)
-    for (int i = 0; i < h; i++) x[i] += x[i + h];
+  for (int i = 0; i < h; i++) x[i] += x[i + h];
+  if constexpr (h > 1) halve<h / 2>(x);
   return x[0];
 }
 
