@@ -37,6 +37,7 @@ class RecordingDriver:
         self.launches = []  # (name of the kernel, grid, arguments)
         self.utils = SimpleNamespace(
             load_binary=lambda *args: (object(), object(), 0, 0, 1024),
+            unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 48 * 1024},
         )
 
