@@ -89,6 +89,10 @@ def test_absent_states_read_as_zero_and_share_the_launch(kernels, rule):
         streams[2:] = [None] * len(rule.states)
     check(kernels, rule, tensors, defaults(rule))
     check(kernels, rule, tensors[:2], defaults(rule))
+    _, _, streams = tensors
+    streams[2] = None
+    result = check(kernels, rule, [streams], defaults(rule))
+    assert result.own_kernels == 1, "an absent state has the type of the others"
 
 
 @variants
