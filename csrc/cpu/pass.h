@@ -6,7 +6,7 @@
 
 // Elements that a pass keeps in the first-level cache while it converts them.
 constexpr int kBlock = 512;
-constexpr int kPrefetchLines = 4;
+constexpr int kAhead = 128;  // elements that are asked for at a time
 
 template <class T, class>
 using Value = T;  // a T for each type of a pack
@@ -49,23 +49,48 @@ inline unsigned needed(const Scalars& scalars) {
   return (Pass::reads(scalars) | Pass::kWrites << 2) & all;
 }
 
+// Asks for elements [begin, end) of a segment.
+template <class Rule>
+__attribute__((always_inline)) inline void prefetch(const Segment& segment, int64_t begin,
+                                                    int64_t end) {
+  if (end > segment.numel) end = segment.numel;
+  for (int s = 0; s < 2 + Rule::kStates; s++) {
+    const char* data = static_cast<const char*>(segment.data[s]);
+    const int itemsize = itemsize_of(segment.dtype[s]);
+    for (int64_t at = begin * itemsize; at < end * itemsize; at += 64) __builtin_prefetch(data + at);
+  }
+}
+
 // Updates elements [begin, begin + n) where they lie, if the segment is contiguous, complete, and
 // stored as P, G, S. Returns whether it was.
+//
+// Hardware prefetchers follow a stream, but stop at the end of a page and know nothing of the next
+// tensor: while the last elements are updated, as many of `next` are asked for.
 template <class Rule, class T, class P, class G, class S>
-inline bool update_in_place(const Segment& segment, int64_t begin, int64_t n, T grad_multiplier,
-                            const typename Rule::template Scalars<T>& scalars) {
+inline bool update_in_place(const Segment& segment, const Segment& next, int64_t begin, int64_t n,
+                            T grad_multiplier, const typename Rule::template Scalars<T>& scalars) {
   constexpr int streams = 2 + Rule::kStates;
   constexpr DType stored[] = {P::dtype, G::dtype, S::dtype};
   bool matches = segment.layout == nullptr;
-  void* at[streams];
-  for (int s = 0; s < streams; s++) {
+  for (int s = 0; s < streams; s++)
     matches &= segment.data[s] != nullptr && segment.dtype[s] == stored[s < 2 ? s : 2];
-    at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(segment.dtype[s]);
-  }
-  if (matches)
-    update<Rule, T, P, G, S>(at, n, grad_multiplier, scalars,
+  if (!matches) return false;
+  const int64_t end = begin + n, last = n < kTile ? n : kTile;
+  const int64_t near = (end - last + kAhead - 1) / kAhead * kAhead;
+  while (begin < end) {
+    int64_t size = near - begin;
+    if (size <= 0) {
+      prefetch<Rule>(next, begin - near, begin - near + kAhead);
+      size = end - begin < kAhead ? end - begin : kAhead;
+    }
+    void* at[streams];
+    for (int s = 0; s < streams; s++)
+      at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(stored[s < 2 ? s : 2]);
+    update<Rule, T, P, G, S>(at, size, grad_multiplier, scalars,
                              std::make_index_sequence<Rule::kStates>{});
-  return matches;
+    begin += size;
+  }
+  return true;
 }
 
 // Elements [begin, begin + n) of a segment as values of type T, n <= kSize: where they lie, or
@@ -120,18 +145,21 @@ struct Numbers {
 template <class Rule, class T>
 void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end) {
   const Segment& segment = launch.segments[i];
+  const Segment& next = launch.segments[i + 1 < launch.segment_count ? i + 1 : i];
   const Numbers<Rule> numbers(launch, i);
   const auto scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
   const T multiplier = T(launch.grad_multiplier[segment.row]);
   const int64_t size = end - begin;
   if constexpr (sizeof(T) == 8) {
-    if (update_in_place<Rule, T, f64, f64, f64>(segment, begin, size, multiplier, scalars)) return;
+    if (update_in_place<Rule, T, f64, f64, f64>(segment, next, begin, size, multiplier, scalars))
+      return;
   } else {  // what training uses; anything else is converted block by block
-    if (update_in_place<Rule, T, f32, f32, f32>(segment, begin, size, multiplier, scalars) ||
-        update_in_place<Rule, T, bf16, bf16, f32>(segment, begin, size, multiplier, scalars) ||
-        update_in_place<Rule, T, bf16, bf16, bf16>(segment, begin, size, multiplier, scalars))
+    if (update_in_place<Rule, T, f32, f32, f32>(segment, next, begin, size, multiplier, scalars) ||
+        update_in_place<Rule, T, bf16, bf16, f32>(segment, next, begin, size, multiplier, scalars) ||
+        update_in_place<Rule, T, bf16, bf16, bf16>(segment, next, begin, size, multiplier, scalars))
       return;
   }
+  prefetch<Rule>(next, 0, kAhead);
   const unsigned streams = needed<Rule, Rule>(scalars);
   constexpr unsigned written = 1 | Rule::kWrites << 2;  // gradients are never modified
   Values<Rule, T, kBlock> values;
@@ -201,15 +229,6 @@ void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile
   }
 }
 
-// Hardware prefetchers stop at the end of a page, which for small tensors is everywhere: ask for
-// the first lines of the tensor that comes next.
-template <class Rule>
-inline void prefetch(const Segment& segment) {
-  for (int s = 0; s < 2 + Rule::kStates; s++)
-    for (int line = 0; line < kPrefetchLines; line++)
-      __builtin_prefetch(static_cast<const char*>(segment.data[s]) + line * 64);
-}
-
 // Calls f(segment, first tile, end) for the part of each segment that lies in [tile, tile_end).
 template <class F>
 inline void for_each_part(const Launch& launch, int64_t tile, int64_t tile_end, F&& f) {
@@ -232,7 +251,6 @@ void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
     const int64_t end = (last - first) * kTile;
     const auto run =
         segment.dtype[0] == DType::f64 ? run_segment<Rule, double> : run_segment<Rule, float>;
-    if (i + 1 < launch.segment_count) prefetch<Rule>(launch.segments[i + 1]);
     run(launch, i, begin, end < segment.numel ? end : segment.numel);
   });
 }
