@@ -4,11 +4,12 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <mutex>
 
 namespace fused_momentum {
 namespace {
 
-// Changes whenever a tensor's dtype, kind of device, shape or strides do; never 0.
+// Changes whenever a tensor's dtype, kind of device, shape or strides do.
 inline uint64_t key_of(const at::Tensor& tensor) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // The dispatch keys tell device, layout, subclass and lazy conjugation apart.
@@ -18,7 +19,12 @@ inline uint64_t key_of(const at::Tensor& tensor) {
     key = (key ^ uint64_t(sizes[d])) * 0x9e3779b97f4a7c15u;
     key = (key ^ (key >> 31) ^ uint64_t(strides[d])) * 0xd6e8feb86659fd93u;
   }
-  return key | 1;
+  return key;
+}
+
+// Of a parameter and its gradient; never 0.
+inline uint64_t key_of(const at::Tensor& param, const at::Tensor& grad) {
+  return (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 1;
 }
 
 // param.grad without its virtual calls, and without its warning for tensors that are no leaves.
@@ -162,61 +168,99 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
     todo->devices.push_back(name);
 }
 
-// Looks up what the tensor keeps under key k; returns whether all that is needed is there.
-bool Plan::find_state(int64_t position, size_t k, bool* changed) {
+// Whether state[param] still holds, in the order in which states are made, the tensors that the
+// segment points into. Reads dicts without changing so much as a reference count.
+bool Plan::has_its_states(int64_t position) const {
   const Entry& entry = entries_[position];
   const Segment& segment = segments_[position];
-  const bool needed = needs(state_keys_[k], segment.row);
+  PyObject *key = nullptr, *value = nullptr;
+  Py_ssize_t at = 0;
+  for (size_t k = 0; k < state_keys_.size(); k++) {
+    PyObject* known = states_[position * state_keys_.size() + k].ptr();
+    if (needs(state_keys_[k], segment.row) != (known != nullptr)) return false;
+    if (known == nullptr) continue;
+    do
+      if (entry.state == nullptr || !PyDict_Next(entry.state, &at, &key, &value)) return false;
+    while (key != state_names_[k].ptr());
+    if (value != known) return false;
+    const bool is_state = int(k) < info_.states;
+    const void* data = is_state ? segment.data[2 + k] : segment.kept[k - info_.states];
+    const int itemsize = is_state ? entry.itemsize[2 + k] : itemsize_of(info_.kept_dtype);
+    if (data != nullptr &&
+        data != address_of(THPVariable_Unpack(known).unsafeGetTensorImpl(), itemsize, true))
+      return false;
+  }
+  return read_row_.is_none() || steps_[position];
+}
+
+// Whether all that is known of a tensor still holds, but for addresses: those are brought up to
+// date. What the order of a dict does not show at once counts as a change. Several threads do this
+// while the caller holds the GIL, so it may read Python's objects and nothing more.
+bool Plan::is_unchanged(int64_t position, bool* moved) {
+  const Entry& entry = entries_[position];
+  Segment& segment = segments_[position];
+  const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
+  const at::Tensor& grad = grad_of(param);
+  if (!grad.defined()) return entry.key == 0 && segment.numel == 0;
+  if (entry.lazy || entry.key != key_of(param, grad) || !has_its_states(position)) return false;
+  if (segment.numel == 0) return true;
+  void* p = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
+  void* g = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
+  // What is not written stays in the caches of all threads.
+  *moved = segment.data[0] != p;
+  if (*moved) segment.data[0] = p;
+  if (segment.data[1] != g) segment.data[1] = g;
+  return true;
+}
+
+// Checks every tensor of this step; returns those that must be read anew.
+std::vector<int64_t> Plan::check_all() {
+  std::vector<int64_t> changed;
+  std::mutex mutex;
+  for_each_chosen_in_threads([&](int64_t position) {
+    bool moved = false;
+    if (is_unchanged(position, &moved) && !moved) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (moved)
+      moves_++;
+    else
+      changed.push_back(position);
+  });
+  std::sort(changed.begin(), changed.end());
+  return changed;
+}
+
+// Looks up what the tensor keeps under key k; returns whether all that is needed is there.
+bool Plan::find_state(int64_t position, size_t k) {
+  const Entry& entry = entries_[position];
+  const bool needed = needs(state_keys_[k], segments_[position].row);
   PyObject* found = nullptr;
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-  py::object& known = states_[position * state_keys_.size() + k];
-  if (found != known.ptr()) {
-    known = py::reinterpret_borrow<py::object>(found);
-    *changed = true;
-  }
-  const bool is_state = int(k) < info_.states;
-  const void* before = is_state ? segment.data[2 + k] : segment.kept[k - info_.states];
-  if (found != nullptr && !*changed && before != nullptr) {
-    const int itemsize = is_state ? entry.itemsize[2 + k] : itemsize_of(info_.kept_dtype);
-    *changed =
-        address_of(THPVariable_Unpack(found).unsafeGetTensorImpl(), itemsize, true) != before;
-  }
+  states_[position * state_keys_.size() + k] = py::reinterpret_borrow<py::object>(found);
   return !needed || found != nullptr;
 }
 
-// Brings one tensor up to date. Returns whether it takes part in this step.
-bool Plan::read_entry(int64_t position, Todo* todo) {
+// Reads one tensor anew.
+void Plan::read_entry(int64_t position, Todo* todo) {
   Entry& entry = entries_[position];
-  Segment& segment = segments_[position];
   const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
-  const at::Tensor& given = grad_of(param);
-  if (!given.defined() || param.device().type() != device_type_) {
-    if (given.defined()) meet(param.device().type(), todo);
-    sit_out(position);
-    return false;
+  const at::Tensor& grad = grad_of(param);
+  if (!grad.defined() || param.device().type() != device_type_) {
+    if (grad.defined()) meet(param.device().type(), todo);
+    return sit_out(position);
   }
-  const bool lazy = given.is_conj() || given.is_neg();
-  if (lazy) resolved_.push_back(given.resolve_conj().resolve_neg());
-  const at::Tensor& grad = lazy ? resolved_.back() : given;
-  const uint64_t key = (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 1;
-  bool changed = key != entry.key;
-  bool has_states = true;
-  if (!read_row_.is_none()) segment.row = row_of(position, &has_states);
-  for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k, &changed);
-  const void* before = segment.data[0];
-  if (changed) {
-    entry.key = 0;
-    prepare(position, param, grad);
-    entry.key = key;
-  } else if (segment.numel != 0) {
-    segment.data[0] = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
-    segment.data[1] = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
-  }
-  moves_ += before != segment.data[0];
+  bool has_states = read_row_.is_none() || steps_[position];
+  for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
+  entry.key = 0;
+  entry.lazy = grad.is_conj() || grad.is_neg();
+  if (entry.lazy) resolved_.push_back(grad.resolve_conj().resolve_neg());
+  const void* before = segments_[position].data[0];
+  prepare(position, param, entry.lazy ? resolved_.back() : grad);
+  entry.key = key_of(param, grad);
+  moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
-  return true;
 }
 
 void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {
@@ -281,8 +325,10 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   for (int64_t position : first) segments_[position].first = true;
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
+  if (!read_row_.is_none())
+    for_each_chosen([&](int64_t position) { segments_[position].row = row_of(position); });
   Todo todo;
-  for_each_chosen([&](int64_t position) { read_entry(position, &todo); });
+  for (int64_t position : check_all()) read_entry(position, &todo);
   if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;
   return todo;
 }

@@ -3,6 +3,7 @@
 // state; only what changed is worked out anew.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
 #include <deque>
@@ -20,6 +21,9 @@
 #endif
 
 namespace fused_momentum {
+
+// Below this many tensors a second thread costs more than it saves.
+constexpr int64_t kTensorsPerThread = 512;
 
 // What is kept per parameter under a name: a state, or a number.
 struct StateKey {
@@ -125,6 +129,7 @@ class Plan {
     PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
     uint64_t key = 0;           // of the parameter and its gradient; 0: takes no part
     uint8_t itemsize[kMaxStreams] = {};
+    bool lazy = false;  // its gradient is lazily conjugated or negated
     bool settled = false;
   };
   struct Row {
@@ -137,9 +142,12 @@ class Plan {
   void read_hyper(double grad_multiplier);
   bool read_device_lr(PyObject* dict, size_t row);
   void read_state(const py::dict& state);
-  int row_of(int64_t position, bool* has_states);
-  bool read_entry(int64_t position, Todo* todo);
-  bool find_state(int64_t position, size_t k, bool* changed);
+  int row_of(int64_t position);
+  std::vector<int64_t> check_all();
+  bool is_unchanged(int64_t position, bool* moved);
+  bool has_its_states(int64_t position) const;
+  void read_entry(int64_t position, Todo* todo);
+  bool find_state(int64_t position, size_t k);
   void sit_out(int64_t position);
   void meet(at::DeviceType type, Todo* todo) const;
   void prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad);
@@ -156,6 +164,9 @@ class Plan {
   void finish(int64_t position);
   template <class F>
   void for_each_chosen(F&& f) const;
+  // The same by several threads where there are many; f may not call Python.
+  template <class F>
+  void for_each_chosen_in_threads(F&& f) const;
 
   const int rule_;
   const RuleInfo& info_;
@@ -212,6 +223,14 @@ void Plan::for_each_chosen(F&& f) const {
     for (size_t i = 0; i < entries_.size(); i++) f(int64_t(i));
   else
     for (int64_t position : chosen_) f(position);
+}
+
+template <class F>
+void Plan::for_each_chosen_in_threads(F&& f) const {
+  const int64_t count = int64_t(all_ ? entries_.size() : chosen_.size());
+  at::parallel_for(0, count, kTensorsPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(all_ ? i : chosen_[i]);
+  });
 }
 
 // Fills data, dtype, numel and layout of a segment from its streams p, g, states (undefined:

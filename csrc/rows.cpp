@@ -54,11 +54,11 @@ void Plan::read_hyper(double grad_multiplier) {
 }
 
 // The row of a tensor at its next step, for a rule that depends on it.
-int Plan::row_of(int64_t position, bool* has_states) {
+int Plan::row_of(int64_t position) {
   PyObject* found = entries_[position].state;
   if (found != nullptr) found = PyDict_GetItemWithError(found, step_key_.ptr());
-  *has_states &= found != nullptr && THPVariable_Check(found);
   int64_t t = 1;
+  steps_[position] = py::object();
   if (found != nullptr && THPVariable_Check(found)) {
     const at::Tensor& step = THPVariable_Unpack(found);
     TORCH_CHECK_TYPE(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,

@@ -82,7 +82,7 @@ void Plan::run() {
 }
 
 void Plan::finish() {
-  for_each_chosen([&](int64_t position) { finish(position); });
+  for_each_chosen_in_threads([&](int64_t position) { finish(position); });
 }
 
 std::vector<Batch> Plan::batches() const {
@@ -119,7 +119,7 @@ void Plan::finish(int64_t position) {
   if (entries_[position].key == 0) return;
   const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  segments_[position].first = false;
+  if (segments_[position].first) segments_[position].first = false;
   if (!steps_.empty()) *THPVariable_Unpack(steps_[position].ptr()).mutable_data_ptr<float>() += 1;
 }
 

@@ -37,7 +37,7 @@ void for_all_tiles(const Launch& launch, F&& f) {
   }
   const int64_t cost = elements + tensors * kSegmentCost;
   const int parts =
-      int(std::clamp<int64_t>(elements / kElementsPerThread, 1, int64_t(at::get_num_threads())));
+      int(std::clamp<int64_t>(cost / kElementsPerThread, 1, int64_t(at::get_num_threads())));
   if (parts == 1) return f(0, tiles);
   std::vector<int64_t> bounds(parts + 1);
   split_tiles(launch.segments, launch.tile_ends, launch.segment_count, cost, parts, bounds.data());
