@@ -22,9 +22,9 @@ inline uint64_t key_of(const at::Tensor& tensor) {
   return key;
 }
 
-// Of a parameter and its gradient; never 0.
+// Of a parameter and its gradient; neither 0 nor 1, which mean something else.
 inline uint64_t key_of(const at::Tensor& param, const at::Tensor& grad) {
-  return (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 1;
+  return (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 2;
 }
 
 // param.grad without its virtual calls, and without its warning for tensors that are no leaves.
@@ -170,14 +170,15 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
 
 // Whether state[param] still holds, in the order in which states are made, the tensors that the
 // segment points into. Reads dicts without changing so much as a reference count.
-bool Plan::has_its_states(int64_t position) const {
+inline bool Plan::has_its_states(int64_t position) const {
   const Entry& entry = entries_[position];
   const Segment& segment = segments_[position];
+  const py::object* states = states_.data() + position * state_keys_.size();
   PyObject *key = nullptr, *value = nullptr;
   Py_ssize_t at = 0;
   for (size_t k = 0; k < state_keys_.size(); k++) {
-    PyObject* known = states_[position * state_keys_.size() + k].ptr();
-    if (needs(state_keys_[k], segment.row) != (known != nullptr)) return false;
+    PyObject* known = states[k].ptr();
+    if ((needed_[segment.row] >> k & 1) != (known != nullptr)) return false;
     if (known == nullptr) continue;
     do
       if (entry.state == nullptr || !PyDict_Next(entry.state, &at, &key, &value)) return false;
@@ -196,13 +197,13 @@ bool Plan::has_its_states(int64_t position) const {
 // Whether all that is known of a tensor still holds, but for addresses: those are brought up to
 // date. What the order of a dict does not show at once counts as a change. Several threads do this
 // while the caller holds the GIL, so it may read Python's objects and nothing more.
-bool Plan::is_unchanged(int64_t position, bool* moved) {
+inline bool Plan::is_unchanged(int64_t position, bool* moved) {
   const Entry& entry = entries_[position];
   Segment& segment = segments_[position];
   const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
   const at::Tensor& grad = grad_of(param);
   if (!grad.defined()) return entry.key == 0 && segment.numel == 0;
-  if (entry.lazy || entry.key != key_of(param, grad) || !has_its_states(position)) return false;
+  if (entry.key != key_of(param, grad) || !has_its_states(position)) return false;
   if (segment.numel == 0) return true;
   void* p = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
   void* g = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
@@ -233,7 +234,7 @@ std::vector<int64_t> Plan::check_all() {
 // Looks up what the tensor keeps under key k; returns whether all that is needed is there.
 bool Plan::find_state(int64_t position, size_t k) {
   const Entry& entry = entries_[position];
-  const bool needed = needs(state_keys_[k], segments_[position].row);
+  const bool needed = needed_[segments_[position].row] >> k & 1;
   PyObject* found = nullptr;
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
@@ -254,11 +255,11 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   bool has_states = read_row_.is_none() || steps_[position];
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
   entry.key = 0;
-  entry.lazy = grad.is_conj() || grad.is_neg();
-  if (entry.lazy) resolved_.push_back(grad.resolve_conj().resolve_neg());
+  const bool lazy = grad.is_conj() || grad.is_neg();
+  if (lazy) resolved_.push_back(grad.resolve_conj().resolve_neg());
   const void* before = segments_[position].data[0];
-  prepare(position, param, entry.lazy ? resolved_.back() : grad);
-  entry.key = key_of(param, grad);
+  prepare(position, param, lazy ? resolved_.back() : grad);
+  entry.key = lazy ? 1 : key_of(param, grad);
   moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
 }

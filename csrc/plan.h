@@ -127,9 +127,9 @@ class Plan {
   struct Entry {
     py::object param;
     PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
-    uint64_t key = 0;           // of the parameter and its gradient; 0: takes no part
+    // Of the parameter and its gradient. 0: takes no part; 1: is read anew at each step.
+    uint64_t key = 0;
     uint8_t itemsize[kMaxStreams] = {};
-    bool lazy = false;  // its gradient is lazily conjugated or negated
     bool settled = false;
   };
   struct Row {
@@ -155,7 +155,7 @@ class Plan {
   int group_of(int64_t position) const;
   int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;
-  bool needs(const StateKey& key, int row) const;
+  void append_needed();
   std::vector<int64_t> positions_of(const py::list& subset) const;
   template <class F>
   void with_launch(F&& f);
@@ -198,6 +198,7 @@ class Plan {
   int64_t moves_ = 0;
   std::vector<Row> rows_;
   std::vector<double> hyper_, grad_multiplier_;
+  std::vector<uint32_t> needed_;  // per row, the state keys that it needs: bit k
   double multiplier_ = 1;
   // What the measuring pass of this step has found, per segment; empty: there was none.
   std::vector<double> tensor_scalars_, tile_sums_;

@@ -37,6 +37,7 @@ double read_number(PyObject* dict, const py::object& key,
 void Plan::read_hyper(double grad_multiplier) {
   hyper_.clear();
   grad_multiplier_.clear();
+  needed_.clear();
   rows_.clear();
   multiplier_ = grad_multiplier;
   lr_.assign(groups_.size(), nullptr);
@@ -50,6 +51,7 @@ void Plan::read_hyper(double grad_multiplier) {
     }
     const bool maximize = read_number(dict, maximize_key_) != 0;
     grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
+    append_needed();
   }
 }
 
@@ -79,6 +81,7 @@ int Plan::row_of(int64_t position) {
   rows_.push_back({group, t});
   TORCH_CHECK(hyper_.size() == rows_.size() * hyper_keys_.size(), info_.name, " needs ",
               hyper_keys_.size(), " hyper-parameters");
+  append_needed();
   lr_.resize(rows_.size(), nullptr);
   lr_dtype_.resize(rows_.size(), DType::f32);
   return int(rows_.size()) - 1;
@@ -98,8 +101,15 @@ bool Plan::read_device_lr(PyObject* dict, size_t row) {
   return true;
 }
 
-bool Plan::needs(const StateKey& key, int row) const {
-  return key.when < 0 || hyper_[row * hyper_keys_.size() + key.when] != 0;
+// Which states a tensor of the last row needs.
+void Plan::append_needed() {
+  const double* hyper = hyper_.data() + needed_.size() * hyper_keys_.size();
+  uint32_t needed = 0;
+  for (size_t k = 0; k < state_keys_.size(); k++) {
+    const int when = state_keys_[k].when;
+    needed |= uint32_t(when < 0 || hyper[when] != 0) << k;
+  }
+  needed_.push_back(needed);
 }
 
 at::Tensor Plan::hyper() const {
