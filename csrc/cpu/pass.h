@@ -8,86 +8,101 @@
 constexpr int kBlock = 512;
 constexpr int kAhead = 128;  // elements that are asked for at a time
 
-template <class T, class>
-using Value = T;  // a T for each type of a pack
 template <class T, size_t>
 using Repeat = T;  // a T for each number of a pack
 
-// The loop: P, G and S are the codecs of the parameter, the gradient and the states.
-template <class Rule, class T, class P, class G, class... S>
-inline void update_streams(int64_t n, T grad_multiplier,
-                           const typename Rule::template Scalars<T>& scalars_in_memory,
-                           typename P::storage* p, const typename G::storage* g,
-                           typename S::storage*... states) {
+// The streams that a pass needs. It writes those of its states that it needs.
+template <class Rule, class Pass, class Scalars>
+inline unsigned needed(const Scalars& scalars) {
+  constexpr unsigned all = (1u << (2 + Rule::kStates)) - 1;
+  return Pass::reads(scalars) & all;
+}
+
+// The loop: P, G and S are the codecs of the parameter, the gradient and the states. Streams that
+// are not needed have no address.
+template <class Rule, class T, class P, class G, class S, size_t... I>
+__attribute__((always_inline)) inline void update(
+    void* const* at, int64_t n, T grad_multiplier,
+    const typename Rule::template Scalars<T>& scalars_in_memory, std::index_sequence<I...>) {
   // A local copy: the compiler sees that writing the streams cannot change it.
   const typename Rule::template Scalars<T> scalars = scalars_in_memory;
+  const unsigned states = needed<Rule, Rule>(scalars) >> 2, written = states & Rule::kWrites;
+  auto* p = static_cast<typename P::storage*>(at[0]);
+  const auto* g = static_cast<const typename G::storage*>(at[1]);
+  typename S::storage* const state[] = {static_cast<typename S::storage*>(at[2 + I])...};
 // The streams of a tensor never overlap; the plan and the functional ops see to it.
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     T new_p = P::load(p[i]);
-    [&](Value<T, S>... new_states) __attribute__((always_inline)) {
+    [&](Repeat<T, I>... new_states) __attribute__((always_inline)) {
       Rule::update(new_p, T(G::load(g[i])) * grad_multiplier, new_states..., scalars);
-      ((states[i] = S::store(new_states)), ...);
-    }(S::load(states[i])...);
+      ((written >> I & 1 ? void(state[I][i] = S::store(new_states)) : void()), ...);
+    }((states >> I & 1 ? S::load(state[I][i]) : T(0))...);
     p[i] = P::store(new_p);
   }
 }
 
-template <class Rule, class T, class P, class G, class S, size_t... I>
-inline void update(void* const* at, int64_t n, T grad_multiplier,
-                   const typename Rule::template Scalars<T>& scalars, std::index_sequence<I...>) {
-  update_streams<Rule, T, P, G, Repeat<S, I>...>(n, grad_multiplier, scalars,
-                                                 static_cast<typename P::storage*>(at[0]),
-                                                 static_cast<const typename G::storage*>(at[1]),
-                                                 static_cast<typename S::storage*>(at[2 + I])...);
-}
-
-// The streams that a pass needs: those that it reads, and the states that it writes.
-template <class Rule, class Pass, class Scalars>
-inline unsigned needed(const Scalars& scalars) {
-  constexpr unsigned all = (1u << (2 + Rule::kStates)) - 1;
-  return (Pass::reads(scalars) | Pass::kWrites << 2) & all;
+// Calls f with the scalars, in a place of its own for each setting of the pass's switches: the
+// compiler sees them as constants there.
+template <class Pass, size_t k = 0, class Scalars, class F>
+__attribute__((always_inline)) inline void with_switches(Scalars scalars, F&& f) {
+  constexpr auto switches = Pass::switches(static_cast<Scalars*>(nullptr));
+  if constexpr (k == switches.size()) {
+    f(scalars);
+  } else if (scalars.*switches[k] != 0) {
+    scalars.*switches[k] = 1;
+    with_switches<Pass, k + 1>(scalars, f);
+  } else {
+    scalars.*switches[k] = 0;
+    with_switches<Pass, k + 1>(scalars, f);
+  }
 }
 
 // Asks for elements [begin, end) of a segment.
 template <class Rule>
 __attribute__((always_inline)) inline void prefetch(const Segment& segment, int64_t begin,
-                                                    int64_t end) {
+                                                    int64_t end, unsigned streams) {
   if (end > segment.numel) end = segment.numel;
   for (int s = 0; s < 2 + Rule::kStates; s++) {
+    if ((streams >> s & 1) == 0) continue;
     const char* data = static_cast<const char*>(segment.data[s]);
     const int itemsize = itemsize_of(segment.dtype[s]);
-    for (int64_t at = begin * itemsize; at < end * itemsize; at += 64) __builtin_prefetch(data + at);
+    for (int64_t at = begin * itemsize; at < end * itemsize; at += 64)
+      __builtin_prefetch(data + at);
   }
 }
 
-// Updates elements [begin, begin + n) where they lie, if the segment is contiguous, complete, and
-// stored as P, G, S. Returns whether it was.
+// Updates elements [begin, begin + n) where they lie, if the segment is contiguous, has the streams
+// that are needed, and stores them as P, G, S. Returns whether it was so.
 //
 // Hardware prefetchers follow a stream, but stop at the end of a page and know nothing of the next
 // tensor: while the last elements are updated, as many of `next` are asked for.
 template <class Rule, class T, class P, class G, class S>
 inline bool update_in_place(const Segment& segment, const Segment& next, int64_t begin, int64_t n,
                             T grad_multiplier, const typename Rule::template Scalars<T>& scalars) {
-  constexpr int streams = 2 + Rule::kStates;
+  constexpr int count = 2 + Rule::kStates;
   constexpr DType stored[] = {P::dtype, G::dtype, S::dtype};
-  bool matches = segment.layout == nullptr;
-  for (int s = 0; s < streams; s++)
-    matches &= segment.data[s] != nullptr && segment.dtype[s] == stored[s < 2 ? s : 2];
-  if (!matches) return false;
+  const unsigned streams = needed<Rule, Rule>(scalars);
+  if (segment.layout != nullptr) return false;
+  for (int s = 0; s < count; s++)
+    if ((streams >> s & 1) != 0 &&
+        (segment.data[s] == nullptr || segment.dtype[s] != stored[s < 2 ? s : 2]))
+      return false;
   const int64_t end = begin + n, last = n < kTile ? n : kTile;
   const int64_t near = (end - last + kAhead - 1) / kAhead * kAhead;
   while (begin < end) {
     int64_t size = near - begin;
     if (size <= 0) {
-      prefetch<Rule>(next, begin - near, begin - near + kAhead);
+      prefetch<Rule>(next, begin - near, begin - near + kAhead, streams);
       size = end - begin < kAhead ? end - begin : kAhead;
     }
-    void* at[streams];
-    for (int s = 0; s < streams; s++)
+    void* at[count];
+    for (int s = 0; s < count; s++)
       at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(stored[s < 2 ? s : 2]);
-    update<Rule, T, P, G, S>(at, size, grad_multiplier, scalars,
-                             std::make_index_sequence<Rule::kStates>{});
+    with_switches<Rule>(scalars, [&](const auto& s) __attribute__((always_inline)) {
+      update<Rule, T, P, G, S>(at, size, grad_multiplier, s,
+                               std::make_index_sequence<Rule::kStates>{});
+    });
     begin += size;
   }
   return true;
@@ -155,12 +170,13 @@ void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end) {
       return;
   } else {  // what training uses; anything else is converted block by block
     if (update_in_place<Rule, T, f32, f32, f32>(segment, next, begin, size, multiplier, scalars) ||
-        update_in_place<Rule, T, bf16, bf16, f32>(segment, next, begin, size, multiplier, scalars) ||
+        update_in_place<Rule, T, bf16, bf16, f32>(segment, next, begin, size, multiplier,
+                                                  scalars) ||
         update_in_place<Rule, T, bf16, bf16, bf16>(segment, next, begin, size, multiplier, scalars))
       return;
   }
-  prefetch<Rule>(next, 0, kAhead);
   const unsigned streams = needed<Rule, Rule>(scalars);
+  prefetch<Rule>(next, 0, kAhead, streams);
   constexpr unsigned written = 1 | Rule::kWrites << 2;  // gradients are never modified
   Values<Rule, T, kBlock> values;
   using Native = typename decltype(values)::Native;
@@ -175,30 +191,43 @@ void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end) {
 
 // The terms of n elements; the states are written in place.
 template <class Rule, class T, size_t... I>
-inline void find_terms(void* const* at, int n, T grad_multiplier,
-                       const typename Rule::template Scalars<T>& scalars_in_memory,
-                       double (*terms)[kTile], std::index_sequence<I...>) {
+__attribute__((always_inline)) inline void find_terms(
+    void* const* at, int begin, int end, T grad_multiplier,
+    const typename Rule::template Scalars<T>& scalars, double (*terms)[kTile],
+    std::index_sequence<I...>) {
   using Measure = typename Rule::Measure;
-  const typename Rule::template Scalars<T> scalars = scalars_in_memory;
+  const unsigned written = needed<Rule, Measure>(scalars) >> 2 & Measure::kWrites;
+  const int sums = Measure::sums(scalars);
   const T* p = static_cast<const T*>(at[0]);
   const T* g = static_cast<const T*>(at[1]);
 #pragma GCC ivdep
-  for (int i = 0; i < n; i++) {
-    double sums[Measure::kSums];
+  for (int i = begin; i < end; i++) {
+    double found[Measure::kSums];
     [&](Repeat<T, I>... states) __attribute__((always_inline)) {
-      Measure::terms(p[i], g[i] * grad_multiplier, states..., scalars, sums);
-      ((Measure::kWrites >> I & 1 ? void(static_cast<T*>(at[2 + I])[i] = states) : void()), ...);
+      Measure::terms(p[i], g[i] * grad_multiplier, states..., scalars, found);
+      ((written >> I & 1 ? void(static_cast<T*>(at[2 + I])[i] = states) : void()), ...);
     }(static_cast<const T*>(at[2 + I])[i]...);
-    for (int k = 0; k < Measure::kSums; k++) terms[k][i] = sums[k];
+    for (int k = 0; k < sums; k++) terms[k][i] = found[k];
   }
 }
 
-// x[i] += x[i + h] for h = 512, 256, ... 1. A constant h shows the compiler that nothing overlaps.
-template <int h = kTile / 2>
-inline double halve(double* x) {
-  for (int i = 0; i < h; i++) x[i] += x[i + h];
-  if constexpr (h > 1) halve<h / 2>(x);
-  return x[0];
+// The sum of row, row + step, ... below kRows of a column, as halving adds them.
+constexpr int kRows = 16, kColumns = kTile / kRows;
+template <int row, int step>
+inline double halve_column(const double* x) {
+  if constexpr (step == kRows)
+    return x[row * kColumns];
+  else
+    return halve_column<row, step * 2>(x) + halve_column<row + step, step * 2>(x);
+}
+
+// x[i] += x[i + h] for h = 512, 256, ... 1, the first of them in registers: as if x had kRows rows.
+inline double halve(const double* x) {
+  double sums[kColumns];
+  for (int i = 0; i < kColumns; i++) sums[i] = halve_column<0, 1>(x + i);
+  for (int h = kColumns / 2; h > 0; h /= 2)
+    for (int i = 0; i < h; i++) sums[i] += sums[i + h];
+  return sums[0];
 }
 
 template <class Rule, class T>
@@ -211,6 +240,7 @@ void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile
   const auto scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
   const T multiplier = T(launch.grad_multiplier[segment.row]);
   const unsigned streams = needed<Rule, Measure>(scalars);
+  const int sums = Measure::sums(scalars);
   const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
   const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
   Values<Rule, T, kTile> values;
@@ -219,12 +249,17 @@ void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile
     const int64_t begin = (tile - first) * kTile;
     const int n = segment.numel - begin < kTile ? int(segment.numel - begin) : kTile;
     values.read(segment, begin, n, streams);
-    find_terms<Rule, T>(values.at, n, multiplier, scalars, terms,
-                        std::make_index_sequence<Rule::kStates>{});
+    for (int done = 0; done < n; done += kAhead) {
+      prefetch<Rule>(segment, begin + done + kTile, begin + done + kTile + kAhead, streams);
+      with_switches<Measure>(scalars, [&](const auto& s) __attribute__((always_inline)) {
+        find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : done + kAhead, multiplier, s,
+                            terms, std::make_index_sequence<Rule::kStates>{});
+      });
+    }
     values.write(segment, begin, n, streams & Measure::kWrites << 2);
     for (int k = 0; k < Measure::kSums; k++) {
       for (int j = n; j < kTile; j++) terms[k][j] = 0;
-      tile_sums[k * tiles + tile] = halve(terms[k]);
+      tile_sums[k * tiles + tile] = k < sums ? halve(terms[k]) : 0;
     }
   }
 }

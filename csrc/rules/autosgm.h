@@ -21,6 +21,12 @@ struct autosgm : Elementwise {
   };
 
   template <class T>
+  static constexpr std::array<T Scalars<T>::*, 2> switches(Scalars<T>*) {
+    using S = Scalars<T>;
+    return {&S::smoothed, &S::normalized};
+  }
+
+  template <class T>
   FM_RULE Scalars<T> derive(const double* hyper, const double* tensor, const double* kept) {
     const double averaged = hyper[15], limited = hyper[23], shrink = tensor[1], lr_num = kept[0];
     const double rate = hyper[14] * (averaged != 0.0 ? lr_num : limited != 0.0 ? shrink : 1.0);
@@ -82,6 +88,18 @@ struct autosgm : Elementwise {
       const bool weight = s.wd != 0 || s.correlated != 0 || (s.decay != 0 && !moment);
       return weight | 2 | (s.smoothed != 0 && !moment) << 2 | 8 | (s.averaged != 0) << 4 |
              (s.correlated != 0) << 5 | (s.clipped != 0) << 6;
+    }
+
+    template <class T>
+    static constexpr std::array<T Scalars<T>::*, 4> switches(Scalars<T>*) {
+      using S = Scalars<T>;
+      return {&S::smoothed, &S::averaged, &S::correlated, &S::clipped};
+    }
+
+    // How many of the sums are used.
+    template <class S>
+    FM_RULE int sums(const S& s) {
+      return s.averaged != 0 ? 1 : 2;
     }
 
     template <class T>

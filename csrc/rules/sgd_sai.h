@@ -46,6 +46,16 @@ struct sgd_sai : Elementwise {
       return 2;  // g
     }
 
+    template <class S>
+    static constexpr std::array<float S::*, 0> switches(S*) {
+      return {};
+    }
+
+    template <class S>
+    FM_RULE int sums(const S&) {
+      return kSums;
+    }
+
     template <class T>
     FM_RULE void terms(T, T g, T&, const Scalars<T>&, double* terms) {
       terms[0] = double(g);

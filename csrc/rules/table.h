@@ -1,6 +1,7 @@
 // What every rule has. FM_RULE marks functions that the host and the device compile.
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #ifdef __CUDACC__
@@ -20,12 +21,18 @@ struct Elementwise {
   static constexpr int kTensor = 1, kKept = 0;
   using Kept = float;
   FM_RULE double initial(int) { return 0.0; }
-  // The streams p, g, states that `update` looks at (bit s), and the states that it writes (bit k).
+  // The streams p, g, states that `update` looks at (bit s): which of them may depend on switches
+  // alone. And the states that it writes (bit k), if it looks at them.
   template <class Scalars>
   FM_RULE unsigned reads(const Scalars&) {
     return ~0u;
   }
   static constexpr unsigned kWrites = ~0u;
+  // Scalars of `update` that are 0 or 1: a CPU has a loop for each setting of them.
+  template <class Scalars>
+  static constexpr std::array<float Scalars::*, 0> switches(Scalars*) {
+    return {};
+  }
   // The pass before the update, or void.
   using Measure = void;
 };
