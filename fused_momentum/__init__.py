@@ -1,31 +1,15 @@
 """Momentum-family optimizers for PyTorch whose whole step is one launch."""
 
-from . import ops
+from . import ops, optimizers
 from ._version import __version__
 from .backends import backends
 from .flat import initialize_velocities, initialize_velocities_from_params
-from .optimizers import (
-    FusedAutoSGM,
-    FusedMomentum,
-    FusedNAG,
-    FusedSGD,
-    FusedSGDSaI,
-    LearningRate,
-    Smoothing,
-    WeightDecay,
-)
+from .optimizers import *  # noqa: F403  all of optimizers.__all__
 from .scales import gsnr
 from .windows import Window
 
 __all__ = [
-    "FusedAutoSGM",
-    "FusedMomentum",
-    "FusedNAG",
-    "FusedSGD",
-    "FusedSGDSaI",
-    "LearningRate",
-    "Smoothing",
-    "WeightDecay",
+    *optimizers.__all__,
     "Window",
     "__version__",
     "backends",

@@ -19,9 +19,15 @@ def load():
 
 
 @functools.cache
-def rule_index() -> dict[str, int]:
-    """Number of each rule in the extension's table."""
+def rule_number(name: str) -> int:
+    """Number of a rule in the extension's table."""
     extension, reason = load()
     if extension is None:
         raise RuntimeError(reason)
-    return {rule.name: i for i, rule in enumerate(extension.rules())}
+    names = [rule.name for rule in extension.rules()]
+    if name not in names:
+        raise RuntimeError(
+            f"the built extension has no rule {name!r}, only {names}: its twin belongs in "
+            "csrc/rules.h, and the extension has to be built again"
+        )
+    return names.index(name)

@@ -70,7 +70,7 @@ def _update(rule: Rule, lists, hyper: Sequence[float], first: bool, maximize: bo
     for name, indices in by_backend.items():
         streams = [[tensors[i] for i in indices] if tensors else [] for tensors in lists]
         if name == "cpu":
-            number = native.rule_index()[rule.name]
+            number = native.rule_number(rule.name)
             ones = [float(first)] * len(indices)
             native.load()[0].run_tensors(number, streams, hyper, multiplier, ones)
             for k, tensors in enumerate(streams):

@@ -164,7 +164,7 @@ class Plan:
             extension.StateKey(s.name, -1 if s.when is None else self.rule.hyper.index(s.when))
             for s in (*self.rule.states, *self.rule.kept)
         ]
-        index = native.rule_index()[self.rule.name]
+        index = native.rule_number(self.rule.name)
         choices = [list(self.rule.choices.get(key, ())) for key in self.rule.hyper]
         walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
         if self.rule.read is not None:

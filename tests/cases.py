@@ -316,16 +316,19 @@ def bits(tensor):
 
 
 def differing(run, other):
-    """Names of the tensors that differ between two runs: in dtype, strides or bits."""
+    """The tensors that differ between two runs, in dtype, strides or bits, and by how much."""
     mine, others = dict(run.tensors()), dict(other.tensors())
     assert mine.keys() == others.keys()
-    return [
-        name
-        for name, t in mine.items()
-        if t.dtype != others[name].dtype
-        or t.stride() != others[name].stride()
-        or not torch.equal(bits(t), bits(others[name]))
-    ]
+    found = []
+    for name, t in mine.items():
+        o = others[name]
+        if (t.dtype, t.stride()) != (o.dtype, o.stride()):
+            found.append(f"{name}: {t.dtype} {t.stride()}, not {o.dtype} {o.stride()}")
+        elif not torch.equal(bits(t), bits(o)):
+            count = int((bits(t) != bits(o)).sum())
+            most = float((t.detach() - o.detach()).abs().max())
+            found.append(f"{name}: {count} of {t.numel()} elements differ, by at most {most:.3g}")
+    return found
 
 
 def update(backend, rule, streams, hyper, *, first=False, maximize=False, kept=None):

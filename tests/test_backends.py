@@ -38,10 +38,10 @@ def without_extension(monkeypatch):
     real = importlib.import_module
     monkeypatch.setattr(native.importlib, "import_module", fail)
     native.load.cache_clear()
-    native.rule_index.cache_clear()
+    native.rule_number.cache_clear()
     yield
     native.load.cache_clear()
-    native.rule_index.cache_clear()
+    native.rule_number.cache_clear()
 
 
 @pytest.fixture
@@ -167,4 +167,4 @@ def test_the_reason_is_remembered_and_says_what_to_do():
     assert "pip install" in reason
     assert native.load()[1] is reason, "the load is tried only once"
     with pytest.raises(RuntimeError, match=REASON):
-        native.rule_index()
+        native.rule_number("sgd")

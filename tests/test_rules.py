@@ -45,7 +45,13 @@ def _arguments(function):
 
 @rules
 def test_a_row_agrees_with_its_functions(rule):
-    assert rule.name in CLASSES, f"no optimizer class has the rule {rule.name}"
+    assert rule.name in CLASSES, (
+        f"no class exported by fused_momentum/optimizers/__init__.py has the rule {rule.name}"
+    )
+    param = torch.nn.Parameter(torch.ones(1))
+    if rule.read is None:
+        group = CLASSES[rule.name]([param], lr=0.1).param_groups[0]
+        assert set(rule.hyper) <= set(group), "hyper names keys that its class gives no group"
     states, kept = [s.name for s in rule.states], tuple(k.name for k in rule.kept)
     numbers = rule.hyper + rule.tensor_scalars + kept
     assert _arguments(rule.derive) == numbers

@@ -2,7 +2,7 @@
 
 Written for tensors, which the reference computes on, and for Python's floats, in which scalars are
 derived. The Triton kernels put functions of the same names in their place (``kernels/rules.py``);
-In C++ they are the operators themselves.
+In C++ they are ``sqrt``, ``/``, ``fabs``, ``? :`` and a cast to double.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def absolute(x):
 
 
 def where(condition, x, y):
-    """x where the condition holds, else y."""
+    """x where the condition holds, else y; of tensors, one at least is a tensor."""
     if isinstance(condition, torch.Tensor):
+        if not (isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor)):
+            # torch would make them float32, also in a rule that computes in float64.
+            raise TypeError(f"where(condition, {x}, {y}): two numbers have no dtype; give a tensor")
         return torch.where(condition, x, y)
     return x if condition else y
 
