@@ -26,7 +26,7 @@ class Budget:
         self.most, self.most_of_a_peer = CASE_SHARE * seconds, PEER_SHARE * seconds
         self.costs: dict[str, list[float]] = {}  # of each provider: an element's, a tensor's
         self.compile_most, self.compiled = COMPILE_SHARE * seconds, 0.0
-        self.compile_per_tensor = 0.2
+        self.compile_per_tensor = 0.1
 
     def take(self) -> float:
         """Seconds for the next case."""

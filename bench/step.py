@@ -184,6 +184,7 @@ def row(case: Case, entry: Entry, racing: dict, race: Race) -> dict:
         "us_p80": p80,
         "us_cold": contestant.cold(),
         "us_first": first_step(entry, race) if race.rule.times_first else "",
+        "us_first_made": first_step(entry, race, made=True) if race.rule.times_first else "",
         "host_us_p50": contestant.quantiles("host")[1],
         **device_work(contestant.step, device),
         "launches": launches(optimizer) if provider.is_ours else "",
@@ -199,16 +200,24 @@ def row(case: Case, entry: Entry, racing: dict, race: Race) -> dict:
     return head | measured | gate | ratios(entry, racing, race.ours)
 
 
-def first_step(entry: Entry, race: Race) -> float | str:
+def first_step(entry: Entry, race: Race, made: bool = False) -> float | str:
     """Median time of the first step of three new optimizers: allocation of the state included.
 
-    Blank where there is no memory for another state.
+    With `made` the state is there, of an optimizer that can make it without a gradient. Blank where
+    there is no such method, or no memory for another state.
     """
+    if made and not hasattr(entry.optimizer, "initialise"):
+        return ""
     if memory.available(race.device) < 1.1 * providers.state_bytes(entry.optimizer):
         return ""
     times = []
     for _ in range(3):
         optimizer = maker(entry.provider, race.backend)(entry.arena.params)
+        if made:
+            optimizer.zero_grad()
+            optimizer.initialise()
+            for param, grad in zip(entry.arena.params, entry.arena.grads, strict=True):
+                param.grad = grad
         with contextlib.redirect_stdout(io.StringIO()):
             times.append(clock_of(race.device).time(optimizer.step)[1])
     return median(times)

@@ -25,7 +25,7 @@ LR = 0.01
 BATCHES = 4  # few, so that the loss falls: the model learns them by heart
 PHASES = ("forward", "backward", "step", "zero_grad")
 WARM_UP, LEAST, MOST = 3, 10, 300  # steps; the warm-up ones are not in the times
-COMPILE_SECONDS = 60  # a compiled loop of a small model, on a CPU
+COMPILE_SECONDS = 20  # a compiled loop of a small model, on a CPU
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def plans(device: torch.device, compile_seconds: float) -> list[tuple]:
 def run(device: torch.device, seconds: float, tick=nothing) -> tuple[list[dict], list[dict]]:
     """Rows of train.csv and of curves.csv."""
     rows, curves = [], []
-    todo = plans(device, seconds / 4)
+    todo = plans(device, seconds / 2)
     end = time.monotonic() + seconds
     for i, (model, mode, names, reason) in enumerate(todo):
         if reason:
