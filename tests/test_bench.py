@@ -279,7 +279,7 @@ def test_budget_refuses_a_case_for_ours_and_only_a_peer_for_a_peer():
 def test_budget_refuses_to_compile_for_long_and_learns_how_long_that_is():
     budget, compiled = Budget(seconds=100.0, cases=2), SGD_PEERS[COMPILED]
     shapes = [(10,)] * 300
-    assert "needs about 60 s for compiling, of 25 s" in budget.refuse(compiled, shapes, 1)
+    assert "needs about 30 s for compiling, of 25 s" in budget.refuse(compiled, shapes, 1)
     with budget.compiling(compiled, shapes):
         pass
     assert budget.refuse(compiled, shapes, 1) == ""

@@ -233,12 +233,13 @@ class FusedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``flatten="grads"`` one memset per buffer, and they stay."""
-        grads = [p for p in self._params() if p.grad is not None]
-        if self._flat_grads.buffers and self._flat_grads.holds(grads):
-            for buffer in self._flat_grads.buffers:
-                buffer.zero_()
-        else:
-            super().zero_grad(set_to_none)
+        if self._flat_grads.buffers:
+            grads = [p for p in self._params() if p.grad is not None]
+            if self._flat_grads.holds(grads):
+                for buffer in self._flat_grads.buffers:
+                    buffer.zero_()
+                return
+        super().zero_grad(set_to_none)
 
     # -- saving and loading ------------------------------------------------------------------------
 
