@@ -168,8 +168,9 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
     todo->devices.push_back(name);
 }
 
-// Whether state[param] still holds, in the order in which states are made, the tensors that the
-// segment points into. Reads dicts without changing so much as a reference count.
+// Whether state[param] still holds the tensors that the segment points into. They are made in the
+// order of the keys, so a walk through the dict meets them without a look-up; it may be read by
+// several threads, as it changes not so much as a reference count.
 inline bool Plan::has_its_states(int64_t position) const {
   const Entry& entry = entries_[position];
   const Segment& segment = segments_[position];
@@ -180,9 +181,13 @@ inline bool Plan::has_its_states(int64_t position) const {
     PyObject* known = states[k].ptr();
     if ((needed_[segment.row] >> k & 1) != (known != nullptr)) return false;
     if (known == nullptr) continue;
-    do
-      if (entry.state == nullptr || !PyDict_Next(entry.state, &at, &key, &value)) return false;
-    while (key != state_names_[k].ptr());
+    if (entry.state == nullptr) return false;
+    for (bool again = false; key != state_names_[k].ptr();) {
+      if (PyDict_Next(entry.state, &at, &key, &value)) continue;
+      if (again) return false;
+      again = true;
+      at = 0;
+    }
     if (value != known) return false;
     const bool is_state = int(k) < info_.states;
     const void* data = is_state ? segment.data[2 + k] : segment.kept[k - info_.states];
@@ -195,8 +200,8 @@ inline bool Plan::has_its_states(int64_t position) const {
 }
 
 // Whether all that is known of a tensor still holds, but for addresses: those are brought up to
-// date. What the order of a dict does not show at once counts as a change. Several threads do this
-// while the caller holds the GIL, so it may read Python's objects and nothing more.
+// date. Several threads do this while the caller holds the GIL, so it may read Python's objects and
+// nothing more.
 inline bool Plan::is_unchanged(int64_t position, bool* moved) {
   const Entry& entry = entries_[position];
   Segment& segment = segments_[position];

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <memory>
@@ -164,7 +165,7 @@ class Plan {
   void finish(int64_t position);
   template <class F>
   void for_each_chosen(F&& f) const;
-  // The same by several threads where there are many; f may not call Python.
+  // The same, on the CPU by several threads where there are many; f may not call Python.
   template <class F>
   void for_each_chosen_in_threads(F&& f) const;
 
@@ -229,7 +230,9 @@ void Plan::for_each_chosen(F&& f) const {
 template <class F>
 void Plan::for_each_chosen_in_threads(F&& f) const {
   const int64_t count = int64_t(all_ ? entries_.size() : chosen_.size());
-  at::parallel_for(0, count, kTensorsPerThread, [&](int64_t begin, int64_t end) {
+  // Beside a GPU the processors have other work, and a thread that waits for one costs more.
+  const int64_t grain = device_type_ == at::kCPU ? kTensorsPerThread : std::max<int64_t>(count, 1);
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) f(all_ ? i : chosen_[i]);
   });
 }

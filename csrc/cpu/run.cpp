@@ -47,11 +47,15 @@ void for_all_tiles(const Launch& launch, F&& f) {
   });
 }
 
-// The sum of one tensor from those of its tiles, in the order of reference.tensor_sum.
+// The sum of one tensor from those of its tiles, in the order of reference.tensor_sum: over kTile
+// lanes, of which those beyond the number of tiles are 0 and add nothing (no lane is -0).
 double tensor_sum(const double* tile_sums, int64_t tiles) {
-  double lanes[kTile] = {};
-  for (int64_t t = 0; t < tiles; t++) lanes[t % kTile] += tile_sums[t];
-  for (int h = kTile / 2; h > 0; h /= 2)
+  double lanes[kTile];
+  int width = 1;
+  while (width < tiles && width < kTile) width *= 2;
+  std::fill_n(lanes, width, 0.0);
+  for (int64_t t = 0; t < tiles; t++) lanes[t % width] += tile_sums[t];
+  for (int h = width / 2; h > 0; h /= 2)
     for (int j = 0; j < h; j++) lanes[j] += lanes[j + h];
   return lanes[0];
 }
