@@ -119,7 +119,7 @@ FOLDERS = (".ci", NAME, "kernels", "csrc", "tests", "bench", "examples")
 TEXT = {".py", ".h", ".cpp", ".cu", ".cuh", ".c", ".md", ".toml", ".txt", ".csv", ".in", ""}
 FILES = [f for folder in FOLDERS for f in sorted((ROOT / folder).rglob("*")) if f.is_file()]
 FILES += [f for f in sorted(ROOT.iterdir()) if f.is_file()]
-FILES = [f for f in FILES if f.suffix in TEXT and "__pycache__" not in f.parts]
+FILES = [f for f in FILES if f.suffix in TEXT and not {"__pycache__", ".git"} & set(f.parts)]
 files = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 
 LONGEST_FUNCTION = 50
