@@ -138,6 +138,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("batches", &Plan::batches)
       .def("finish", py::overload_cast<>(&Plan::finish))
       .def("hyper", &Plan::hyper)
+      .def("device_lr", &Plan::device_lr)
       .def("keep_lr_on_device", &Plan::keep_lr_on_device)
       .def("leave", &Plan::leave)
       .def("at", &Plan::at)

@@ -95,6 +95,9 @@ class Plan {
 
   // float64 [rows, hyper-parameters + 1]; last the gradient multiplier.
   at::Tensor hyper() const;
+  // int64 [rows]: address of a learning rate that is read on the device (lowest bit set: float64,
+  // else float32), 0 where it is in hyper(). nullopt: all are.
+  std::optional<at::Tensor> device_lr() const;
 
   // The rule depends on the number of a tensor's step: read(group, t) returns its hyper-parameters,
   // and state[p]["step"] counts.

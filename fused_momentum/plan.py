@@ -106,10 +106,10 @@ class _Triton:
         self._launcher = kernels.Launcher(rule)
 
     def measure(self, walk: Any, updates: bool, amp: Amp) -> None:
-        self._launcher.measure(walk.batches(), walk.hyper(), updates, amp.grad_scale, amp.found_inf)
+        self._launcher.measure(walk.batches(), walk.hyper(), updates, walk.device_lr(), *amp)
 
     def run(self, walk: Any, amp: Amp) -> None:
-        self._launcher.run(walk.batches(), walk.hyper(), amp.grad_scale, amp.found_inf)
+        self._launcher.run(walk.batches(), walk.hyper(), walk.device_lr(), *amp)
         walk.finish()
 
 
@@ -144,6 +144,8 @@ class Plan:
             _refuse_meta(groups)
         name = choose(self._request, device_type).name
         walk = self._make_walk(name, device_type)
+        if name in ("cuda", "triton"):
+            walk.keep_lr_on_device()
         for other, other_walk in self._walks.items():
             walk.leave(other)
             other_walk.leave(device_type)
@@ -169,8 +171,6 @@ class Plan:
         walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
         if self.rule.read is not None:
             walk.read_rows_with(self.rule.read)
-        if name == "cuda":
-            walk.keep_lr_on_device()
         return walk
 
     @property
