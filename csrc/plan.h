@@ -222,6 +222,17 @@ void Plan::for_each_chosen(F&& f) const {
 void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,
               std::unique_ptr<Layout>* layout);
 
+// One launch over lists of tensors on one device: streams[0] the parameters, streams[1] the
+// gradients, then the states; a state without tensors is absent. `first` holds one value per
+// tensor. On the CUDA kernels where there is current_stream(device index), else on the CPU's.
+void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
+                 const std::vector<double>& hyper, double grad_multiplier,
+                 const std::vector<double>& first,
+                 const std::optional<py::function>& current_stream);
+
+// A launch on a CUDA device, by nobody's plan.
+void run_cuda(const Launch& launch, int device, const py::function& current_stream);
+
 // The number of CUDA devices; raises, with the reason, where there is none.
 int cuda_devices();
 

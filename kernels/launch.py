@@ -64,6 +64,11 @@ class Launcher:
         # What a measuring pass has found for the update that follows it.
         self._found: dict[Table, torch.Tensor] = {}
 
+    @property
+    def is_in_graphs(self) -> bool:
+        """Whether a CUDA graph reads its tables: it must live as long as that."""
+        return any(table.is_in_graphs for table in self._tables.values())
+
     def measure(
         self,
         batches: Iterable,

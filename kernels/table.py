@@ -34,6 +34,11 @@ class Table:
         self._in_graphs: set[str] = set()  # of `_device`, those that a graph reads
         self._of_graphs: list[torch.Tensor] = []  # everything that graphs read, kept alive
 
+    @property
+    def is_in_graphs(self) -> bool:
+        """Whether a CUDA graph reads from here."""
+        return bool(self._of_graphs)
+
     def set_tensors(
         self,
         addresses: torch.Tensor,
