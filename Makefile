@@ -60,7 +60,7 @@ figures: $(EXTENSION)
 examples: $(EXTENSION)
 	for example in examples/*.py; do $(PY) $$example || exit 1; done
 
-GPU_TESTS := tests/test_gpu.py tests/test_gpu_sgd_sai.py
+GPU_TESTS := tests/test_gpu.py tests/test_gpu_sgd_sai.py tests/test_gpu_autosgm.py
 GPU_TOO := tests/test_parity.py tests/test_rules.py tests/test_sgd_sai.py tests/test_sgd_sai_bugs.py
 
 # On a GPU machine, offline, with its own Python and torch: builds, tests, benches; commit what it

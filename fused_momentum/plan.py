@@ -196,6 +196,8 @@ class Plan:
         Returns False where ``amp`` says that the step must be skipped, as far as that is known
         without waiting for a device. ``updates=False`` only measures.
         """
+        if self.rule.read is not None and torch.cuda.is_initialized():
+            _refuse_capture(self.rule)
         waits = not (self._reads_amp and self._settled)
         if waits and amp.skips():
             return False
@@ -271,6 +273,16 @@ def _device_types(groups: list[dict]) -> list[str]:
     params = [p for group in groups for p in group["params"]]
     found = {p.device.type for p in params if getattr(p, "grad", None) is not None}
     return sorted(found) or ["cpu"]
+
+
+def _refuse_capture(rule: Rule) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a step of {rule.name} cannot be captured in a CUDA graph: it depends on the number "
+            "of the step, which is counted on the host, so every replay would repeat the step of "
+            "the capture. Capture forward and backward, and call the optimizer's step after each "
+            "replay"
+        )
 
 
 def _refuse_meta(groups: list[dict]) -> None:
