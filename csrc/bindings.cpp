@@ -112,6 +112,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("keep_lr_on_device", &Plan::keep_lr_on_device)
       .def("leave", &Plan::leave)
       .def("at", &Plan::at)
+      .def_property_readonly("generation", &Plan::generation)
       .def_property_readonly("moves", &Plan::moves)
       .def("bytes", &Plan::bytes);
 }

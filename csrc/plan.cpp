@@ -106,6 +106,7 @@ void Plan::read_groups(const py::list& groups) {
   steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
   layouts_.clear();
   tiles_changed_ = true;
+  generation_++;
 }
 
 void Plan::read_state(const py::dict& state) {
@@ -152,6 +153,7 @@ void Plan::sit_out(int64_t position) {
   if (segments_[position].numel == 0) return;
   segments_[position].numel = 0;
   tiles_changed_ = true;
+  generation_++;
 }
 
 // A tensor on another kind of device has a gradient: somebody must take it.
@@ -203,9 +205,11 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
   const uint64_t key = (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 1;
   bool changed = key != entry.key;
   bool has_states = true;
+  const int32_t row_before = segment.row;
   if (!read_row_.is_none()) segment.row = row_of(position, &has_states);
+  generation_ += segment.row != row_before;
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k, &changed);
-  const void* before = segment.data[0];
+  const void *const before = segment.data[0], *const grad_before = segment.data[1];
   if (changed) {
     entry.key = 0;
     prepare(position, param, grad);
@@ -213,6 +217,7 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
   } else if (segment.numel != 0) {
     segment.data[0] = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
     segment.data[1] = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
+    generation_ += segment.data[0] != before || segment.data[1] != grad_before;
   }
   moves_ += before != segment.data[0];
   if (!has_states) todo->missing.push_back(position);
@@ -220,6 +225,7 @@ bool Plan::read_entry(int64_t position, Todo* todo) {
 }
 
 void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {
+  generation_++;
   std::vector<at::Tensor> streams{param, grad};
   for (int k = 0; k < info_.states; k++) {
     const py::object& state = states_[position * state_keys_.size() + k];
@@ -278,7 +284,11 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
 #ifdef FUSED_MOMENTUM_CUDA
   cuda_scalars_.clear();
 #endif
-  for (int64_t position : first) segments_[position].first = true;
+  for (int64_t position : first) {
+    generation_ += !segments_[position].first;
+    segments_[position].first = true;
+  }
+  generation_ += subset || !all_;  // subsets are not compared
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   Todo todo;

@@ -112,6 +112,9 @@ class Plan {
   // The parameter at a position returned by step, and the index of its group.
   std::pair<py::object, int> at(int64_t position) const;
 
+  // Changes whenever anything does that a segment says, or which of them take part.
+  uint64_t generation() const { return generation_; }
+
   // How often a parameter was found at another address than before.
   int64_t moves() const { return moves_; }
 
@@ -188,6 +191,7 @@ class Plan {
   std::vector<int64_t> tile_ends_;
   bool tiles_changed_ = true;
   int64_t moves_ = 0;
+  uint64_t generation_ = 1;
   std::vector<Row> rows_;
   std::vector<double> hyper_, grad_multiplier_;
   double multiplier_ = 1;
@@ -199,11 +203,18 @@ class Plan {
   bool keeps_lr_ = false;
   int launches_ = 0;
 #ifdef FUSED_MOMENTUM_CUDA
+  void sort_by_device();
   template <class F>
   void on_cuda_devices(const py::function& current_stream,
                        const std::optional<at::Tensor>& grad_scale,
                        const std::optional<at::Tensor>& found_inf, F&& f);
 
+  struct OfDevice {
+    std::vector<Segment> segments;
+    std::vector<int64_t> tile_ends;
+  };
+  std::map<int, OfDevice> by_device_;  // the segments of this step, as of
+  uint64_t by_device_generation_ = 0;
   std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;
   std::map<int, at::Tensor> cuda_scalars_;  // as tensor_scalars_, by device
 #endif

@@ -112,6 +112,7 @@ Launch Plan::describe_launch(const std::vector<Segment>& segments,
   launch.hyper_stride = int(hyper_keys_.size());
   launch.grad_multiplier = grad_multiplier_.data();
   if (!tensor_scalars_.empty()) launch.tensor_scalars = tensor_scalars_.data();
+  launch.generation = generation_;
   return launch;
 }
 
@@ -119,6 +120,7 @@ void Plan::finish(int64_t position) {
   if (entries_[position].key == 0) return;
   const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  generation_ += segments_[position].first;
   segments_[position].first = false;
   if (!steps_.empty()) *THPVariable_Unpack(steps_[position].ptr()).mutable_data_ptr<float>() += 1;
 }

@@ -47,24 +47,29 @@ struct Part {
 
 }  // namespace
 
+void Plan::sort_by_device() {
+  if (by_device_generation_ == generation_) return;
+  by_device_.clear();
+  for_each_chosen([&](int64_t position) {
+    if (segments_[position].numel == 0) return;
+    const int index = THPVariable_Unpack(entries_[position].param.ptr()).device().index();
+    by_device_[index].segments.push_back(segments_[position]);
+  });
+  for (auto& [index, part] : by_device_) count_tiles(part.segments, &part.tile_ends);
+  by_device_generation_ = generation_;
+}
+
 // Calls f for the part of this step on each device.
 template <class F>
 void Plan::on_cuda_devices(const py::function& current_stream,
                            const std::optional<at::Tensor>& grad_scale,
                            const std::optional<at::Tensor>& found_inf, F&& f) {
-  std::map<int, std::vector<Segment>> by_device;
-  for_each_chosen([&](int64_t position) {
-    if (segments_[position].numel == 0) return;
-    const int index = THPVariable_Unpack(entries_[position].param.ptr()).device().index();
-    by_device[index].push_back(segments_[position]);
-  });
-  for (auto& [index, segments] : by_device) {
+  sort_by_device();
+  for (const auto& [index, of_device] : by_device_) {
     const at::Device device(at::kCUDA, at::DeviceIndex(index));
-    std::vector<int64_t> tile_ends;
-    count_tiles(segments, &tile_ends);
     Part part{device_of(&cuda_devices_, index),
               device,
-              describe_launch(segments, tile_ends),
+              describe_launch(of_device.segments, of_device.tile_ends),
               {},
               stream_of(current_stream, index)};
     std::vector<at::Tensor> alive;
