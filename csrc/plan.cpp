@@ -284,11 +284,8 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
 #ifdef FUSED_MOMENTUM_CUDA
   cuda_scalars_.clear();
 #endif
-  for (int64_t position : first) {
-    generation_ += !segments_[position].first;
-    segments_[position].first = true;
-  }
-  generation_ += subset || !all_;  // subsets are not compared
+  for (int64_t position : first) segments_[position].first = true;
+  generation_ += !first.empty() || subset || !all_;  // subsets are not compared
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   Todo todo;
