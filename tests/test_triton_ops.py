@@ -53,3 +53,23 @@ CASES += [("sgd", torch.complex128, {"first": True, "maximize": True})]
 @pytest.mark.parametrize(("name", "dtype", "flags"), CASES, ids=str)
 def test_one_launch_with_the_references_bits(name, dtype, flags, interpreted):
     interpreted(check, name, dtype, flags)
+
+
+def check_captured():
+    from fused_momentum.kernels import table
+
+    from fused_momentum.backends import PREFERENCE
+
+    before = len(fm.ops._launchers_of_graphs)
+    for capturing in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PREFERENCE, "cpu", ("triton",))
+            patch.setattr(table, "is_capturing", lambda device, now=capturing: now)
+            p, g = torch.ones(5), torch.ones(5)
+            fm.ops.sgd_([p], [g], lr=0.5)
+        assert p.tolist() == [0.5] * 5
+        assert len(fm.ops._launchers_of_graphs) == before + capturing
+
+
+def test_what_a_graph_reads_is_kept_alive(interpreted):
+    interpreted(check_captured)
