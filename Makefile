@@ -60,23 +60,32 @@ figures: $(EXTENSION)
 examples: $(EXTENSION)
 	for example in examples/*.py; do $(PY) $$example || exit 1; done
 
-GPU_TESTS := tests/test_gpu.py tests/test_gpu_sgd_sai.py
+GPU_SMALL := tests/test_gpu_small.py
+GPU_TESTS := tests/test_gpu.py tests/test_gpu_sgd_sai.py tests/test_gpu_autosgm.py $(GPU_SMALL)
 GPU_TOO := tests/test_parity.py tests/test_rules.py tests/test_sgd_sai.py tests/test_sgd_sai_bugs.py
 
 # On a GPU machine, offline, with its own Python and torch: builds, tests, benches; commit what it
-# leaves in bench/results. DRY=1 stops where a GPU would be needed.
+# leaves in bench/results. DRY=1 stops where a GPU would be needed. Meant for twenty minutes: some for
+# the build and the tests, three at most for each tool of compute-sanitizer, seven for the bench.
+GPU_SECONDS ?= 420
+# Without torch's cache every tensor is an allocation of its own, past whose end memcheck sees.
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 180 compute-sanitizer --error-exitcode 1 --tool
 gpu:
 ifdef DRY
 	$(MAKE) VENV=$(VENV) $(EXTENSION)
 	$(PY) -c "import fused_momentum as fm; print(*fm.backends(), sep='\n')"
 	$(PY) -m pytest --collect-only -q -m gpu $(GPU_TESTS)
 	$(PY) -m bench.run --help > /dev/null
-	@echo "on a GPU: $(GPU_TESTS) $(GPU_TOO), compute-sanitizer, bench.run, bench.summary"
+	@echo "on a GPU: $(GPU_TESTS) $(GPU_TOO)"
+	@echo "then $(GPU_SMALL) under compute-sanitizer's memcheck and racecheck"
+	@echo "then bench.run --device cuda --seconds $(GPU_SECONDS), bench.summary"
 else
 	FUSED_MOMENTUM_CUDA=1 $(MAKE) VENV= $(EXTENSION)
-	$(PYTHON_PATH) -m pytest $(GPU_TESTS) $(GPU_TOO)
-	compute-sanitizer --error-exitcode 1 $(PYTHON_PATH) -m pytest -q tests/test_rules.py
-	$(PYTHON_PATH) -m bench.run --device cuda --seconds 900
+	$(PYTHON_PATH) -m pytest $(GPU_TESTS)
+	$(PYTHON_PATH) -m pytest -k "cuda or triton" $(GPU_TOO)
+	$(SANITIZE) memcheck $(PYTHON_PATH) -m pytest -q -x $(GPU_SMALL)
+	$(SANITIZE) racecheck $(PYTHON_PATH) -m pytest -q -x $(GPU_SMALL)
+	$(PYTHON_PATH) -m bench.run --device cuda --seconds $(GPU_SECONDS)
 	$(PYTHON_PATH) -m bench.summary
 endif
 

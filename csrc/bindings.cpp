@@ -12,36 +12,6 @@
 namespace fused_momentum {
 namespace {
 
-// One launch over lists of tensors: streams[0] the parameters, streams[1] the gradients, then the
-// states; a state without tensors is absent. `first` holds one value per tensor.
-void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
-                 const std::vector<double>& hyper, double grad_multiplier,
-                 const std::vector<double>& first) {
-  const size_t count = streams.at(0).size();
-  std::vector<Segment> segments(count);
-  std::vector<std::unique_ptr<Layout>> layouts(count);
-  std::vector<int64_t> tile_ends;
-  for (size_t i = 0; i < count; i++) {
-    std::vector<at::Tensor> tensors;
-    for (const auto& stream : streams)
-      tensors.push_back(stream.empty() ? at::Tensor() : stream.at(i));
-    tensors[1] = tensors[1].resolve_conj().resolve_neg();
-    describe("params[" + std::to_string(i) + "]", tensors, &segments[i], &layouts[i]);
-    segments[i].first = first.at(i) != 0;
-  }
-  count_tiles(segments, &tile_ends);
-  if (count == 0) return;
-  Launch launch;
-  launch.rule = rule;
-  launch.segments = segments.data();
-  launch.tile_ends = tile_ends.data();
-  launch.segment_count = int64_t(count);
-  launch.hyper = hyper.data();
-  launch.grad_multiplier = &grad_multiplier;
-  py::gil_scoped_release without_gil;
-  run_cpu(launch);
-}
-
 py::tuple torch_dtypes(const Batch& batch) {
   static const std::map<DType, at::ScalarType> types = {{DType::f32, at::kFloat},
                                                         {DType::f64, at::kDouble},
@@ -138,9 +108,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("batches", &Plan::batches)
       .def("finish", py::overload_cast<>(&Plan::finish))
       .def("hyper", &Plan::hyper)
+      .def("device_lr", &Plan::device_lr)
       .def("keep_lr_on_device", &Plan::keep_lr_on_device)
       .def("leave", &Plan::leave)
       .def("at", &Plan::at)
+      .def_property_readonly("generation", &Plan::generation)
       .def_property_readonly("moves", &Plan::moves)
       .def("bytes", &Plan::bytes);
 }

@@ -52,6 +52,8 @@ struct Launch {
   // The rule's kTensor scalars of segment i begin at i * kTensor, on the CPU: what a measuring pass
   // has found. nullptr: `first` of the segment, then zeros.
   const double* tensor_scalars = nullptr;
+  // Of two launches with the same number, from one plan, the segments are the same; 0: no number.
+  uint64_t generation = 0;
 };
 
 }  // namespace fused_momentum

@@ -112,6 +112,7 @@ void Plan::read_groups(const py::list& groups) {
   steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
   layouts_.clear();
   tiles_changed_ = true;
+  generation_++;
 }
 
 void Plan::read_state(const py::dict& state) {
@@ -158,6 +159,7 @@ void Plan::sit_out(int64_t position) {
   if (segments_[position].numel == 0) return;
   segments_[position].numel = 0;
   tiles_changed_ = true;
+  generation_++;
 }
 
 // A tensor on another kind of device has a gradient: somebody must take it.
@@ -199,39 +201,43 @@ inline bool Plan::has_its_states(int64_t position) const {
   return read_row_.is_none() || steps_[position];
 }
 
-// Whether all that is known of a tensor still holds, but for addresses: those are brought up to
-// date. Several threads do this while the caller holds the GIL, so it may read Python's objects and
-// nothing more.
-inline bool Plan::is_unchanged(int64_t position, bool* moved) {
+// How a tensor compares with what is known of it; addresses are brought up to date. Several threads
+// do this while the caller holds the GIL, so it may read Python's objects and nothing more.
+inline Plan::Found Plan::check(int64_t position) {
   const Entry& entry = entries_[position];
   Segment& segment = segments_[position];
   const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
   const at::Tensor& grad = grad_of(param);
-  if (!grad.defined()) return entry.key == 0 && segment.numel == 0;
-  if (entry.key != key_of(param, grad) || !has_its_states(position)) return false;
-  if (segment.numel == 0) return true;
+  if (!grad.defined()) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
+  if (entry.key != key_of(param, grad) || !has_its_states(position)) return Found::changed;
+  if (segment.numel == 0) return Found::same;
   void* p = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
   void* g = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
   // What is not written stays in the caches of all threads.
-  *moved = segment.data[0] != p;
-  if (*moved) segment.data[0] = p;
-  if (segment.data[1] != g) segment.data[1] = g;
-  return true;
+  const bool param_moved = segment.data[0] != p, grad_moved = segment.data[1] != g;
+  if (param_moved) segment.data[0] = p;
+  if (grad_moved) segment.data[1] = g;
+  return param_moved ? Found::param_moved : grad_moved ? Found::grad_moved : Found::same;
 }
 
 // Checks every tensor of this step; returns those that must be read anew.
 std::vector<int64_t> Plan::check_all() {
   std::vector<int64_t> changed;
   std::mutex mutex;
+  std::atomic<int64_t> moves{0};
+  std::atomic<bool> moved{false};
   for_each_chosen_in_threads([&](int64_t position) {
-    bool moved = false;
-    if (is_unchanged(position, &moved) && !moved) return;
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (moved)
-      moves_++;
-    else
-      changed.push_back(position);
+    const Found found = check(position);
+    if (found == Found::same) return;
+    if (found == Found::changed) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      return changed.push_back(position);
+    }
+    if (found == Found::param_moved) moves++;
+    if (!moved.load(std::memory_order_relaxed)) moved.store(true, std::memory_order_relaxed);
   });
+  moves_ += moves;
+  generation_ += moved;
   std::sort(changed.begin(), changed.end());
   return changed;
 }
@@ -270,6 +276,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
 }
 
 void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {
+  generation_++;
   std::vector<at::Tensor> streams{param, grad};
   for (int k = 0; k < info_.states; k++) {
     const py::object& state = states_[position * state_keys_.size() + k];
@@ -329,10 +336,15 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   cuda_scalars_.clear();
 #endif
   for (int64_t position : first) segments_[position].first = true;
+  generation_ += !first.empty() || subset || !all_;  // subsets are not compared
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   if (!read_row_.is_none())
-    for_each_chosen([&](int64_t position) { segments_[position].row = row_of(position); });
+    for_each_chosen([&](int64_t position) {
+      const int32_t before = segments_[position].row;
+      segments_[position].row = row_of(position);
+      generation_ += segments_[position].row != before;
+    });
   Todo todo;
   for (int64_t position : check_all()) read_entry(position, &todo);
   if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;

@@ -7,6 +7,7 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <map>
 #include <memory>
@@ -100,6 +101,9 @@ class Plan {
 
   // float64 [rows, hyper-parameters + 1]; last the gradient multiplier.
   at::Tensor hyper() const;
+  // int64 [rows]: address of a learning rate that is read on the device (lowest bit set: float64,
+  // else float32), 0 where it is in hyper(). nullopt: all are.
+  std::optional<at::Tensor> device_lr() const;
 
   // The rule depends on the number of a tensor's step: read(group, t) returns its hyper-parameters,
   // and state[p]["step"] counts.
@@ -113,6 +117,9 @@ class Plan {
 
   // The parameter at a position returned by step, and the index of its group.
   std::pair<py::object, int> at(int64_t position) const;
+
+  // Changes whenever anything does that a segment says, or which of them take part.
+  uint64_t generation() const { return generation_; }
 
   // How often a parameter was found at another address than before.
   int64_t moves() const { return moves_; }
@@ -145,7 +152,8 @@ class Plan {
   void read_state(const py::dict& state);
   int row_of(int64_t position);
   std::vector<int64_t> check_all();
-  bool is_unchanged(int64_t position, bool* moved);
+  enum class Found { same, grad_moved, param_moved, changed };
+  Found check(int64_t position);
   bool has_its_states(int64_t position) const;
   void read_entry(int64_t position, Todo* todo);
   bool find_state(int64_t position, size_t k);
@@ -162,7 +170,7 @@ class Plan {
   void with_launch(F&& f);
   Launch describe_launch(const std::vector<Segment>& segments,
                          const std::vector<int64_t>& tile_ends) const;
-  void finish(int64_t position);
+  void finish(int64_t position, std::atomic<bool>* began);
   template <class F>
   void for_each_chosen(F&& f) const;
   // The same, on the CPU by several threads where there are many; f may not call Python.
@@ -197,6 +205,7 @@ class Plan {
   std::vector<int64_t> tile_ends_;
   bool tiles_changed_ = true;
   int64_t moves_ = 0;
+  uint64_t generation_ = 1;
   std::vector<Row> rows_;
   std::vector<double> hyper_, grad_multiplier_;
   std::vector<uint32_t> needed_;  // per row, the state keys that it needs: bit k
@@ -209,11 +218,18 @@ class Plan {
   bool keeps_lr_ = false;
   int launches_ = 0;
 #ifdef FUSED_MOMENTUM_CUDA
+  void sort_by_device();
   template <class F>
   void on_cuda_devices(const py::function& current_stream,
                        const std::optional<at::Tensor>& grad_scale,
                        const std::optional<at::Tensor>& found_inf, F&& f);
 
+  struct OfDevice {
+    std::vector<Segment> segments;
+    std::vector<int64_t> tile_ends;
+  };
+  std::map<int, OfDevice> by_device_;  // the segments of this step, as of
+  uint64_t by_device_generation_ = 0;
   std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;
   std::map<int, at::Tensor> cuda_scalars_;  // as tensor_scalars_, by device
 #endif
@@ -241,6 +257,17 @@ void Plan::for_each_chosen_in_threads(F&& f) const {
 // absent). `name` is the parameter's in error messages.
 void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,
               std::unique_ptr<Layout>* layout);
+
+// One launch over lists of tensors on one device: streams[0] the parameters, streams[1] the
+// gradients, then the states; a state without tensors is absent. `first` holds one value per
+// tensor. On the CUDA kernels where there is current_stream(device index), else on the CPU's.
+void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
+                 const std::vector<double>& hyper, double grad_multiplier,
+                 const std::vector<double>& first,
+                 const std::optional<py::function>& current_stream);
+
+// A launch on a CUDA device, by nobody's plan.
+void run_cuda(const Launch& launch, int device, const py::function& current_stream);
 
 // The number of CUDA devices; raises, with the reason, where there is none.
 int cuda_devices();

@@ -1,6 +1,8 @@
 // The table of hyper-parameters: a row per group, or per group and step of its tensors.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "plan.h"
 
 namespace fused_momentum {
@@ -95,7 +97,8 @@ bool Plan::read_device_lr(PyObject* dict, size_t row) {
   if (value == nullptr || !THPVariable_Check(value)) return false;
   const at::Tensor& lr = THPVariable_Unpack(value);
   const bool number = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
-  if (!lr.is_cuda() || !number || read_number(dict, capturable_key_) == 0) return false;
+  if (lr.device().type() != device_type_ || !number || lr.numel() != 1) return false;
+  if (read_number(dict, capturable_key_) == 0) return false;
   lr_[row] = lr.const_data_ptr();
   lr_dtype_[row] = lr.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
   return true;
@@ -120,6 +123,16 @@ at::Tensor Plan::hyper() const {
     std::copy_n(hyper_.data() + r * columns, columns, row);
     row[columns] = grad_multiplier_[r];
   }
+  return table;
+}
+
+std::optional<at::Tensor> Plan::device_lr() const {
+  if (std::all_of(lr_.begin(), lr_.end(), [](const void* lr) { return lr == nullptr; }))
+    return std::nullopt;
+  at::Tensor table = at::empty({int64_t(lr_.size())}, at::kLong);
+  for (size_t row = 0; row < lr_.size(); row++)
+    table.mutable_data_ptr<int64_t>()[row] =
+        int64_t(reinterpret_cast<intptr_t>(lr_[row])) | (lr_dtype_[row] == DType::f64);
   return table;
 }
 

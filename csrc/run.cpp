@@ -82,7 +82,9 @@ void Plan::run() {
 }
 
 void Plan::finish() {
-  for_each_chosen_in_threads([&](int64_t position) { finish(position); });
+  std::atomic<bool> began{false};
+  for_each_chosen_in_threads([&](int64_t position) { finish(position, &began); });
+  generation_ += began;
 }
 
 std::vector<Batch> Plan::batches() const {
@@ -112,14 +114,18 @@ Launch Plan::describe_launch(const std::vector<Segment>& segments,
   launch.hyper_stride = int(hyper_keys_.size());
   launch.grad_multiplier = grad_multiplier_.data();
   if (!tensor_scalars_.empty()) launch.tensor_scalars = tensor_scalars_.data();
+  launch.generation = generation_;
   return launch;
 }
 
-void Plan::finish(int64_t position) {
+void Plan::finish(int64_t position, std::atomic<bool>* began) {
   if (entries_[position].key == 0) return;
   const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  if (segments_[position].first) segments_[position].first = false;
+  if (segments_[position].first) {
+    segments_[position].first = false;
+    began->store(true, std::memory_order_relaxed);
+  }
   if (!steps_.empty()) *THPVariable_Unpack(steps_[position].ptr()).mutable_data_ptr<float>() += 1;
 }
 

@@ -20,6 +20,21 @@ void raise(const cuda::Status& status) {
   TORCH_CHECK(status.code == 0, "backend='cuda': ", status.message);
 }
 
+using Devices = std::map<int, std::unique_ptr<cuda::Cuda>>;
+
+cuda::Cuda& device_of(Devices* devices, int index) {
+  auto& device = (*devices)[index];
+  if (!device) {
+    raise(cuda::check_device(index));
+    device = std::make_unique<cuda::Cuda>(index);
+  }
+  return *device;
+}
+
+void* stream_of(const py::function& current_stream, int index) {
+  return reinterpret_cast<void*>(py::cast<intptr_t>(current_stream(index)));
+}
+
 // What one device has to do.
 struct Part {
   cuda::Cuda& cuda;
@@ -32,32 +47,31 @@ struct Part {
 
 }  // namespace
 
+void Plan::sort_by_device() {
+  if (by_device_generation_ == generation_) return;
+  by_device_.clear();
+  for_each_chosen([&](int64_t position) {
+    if (segments_[position].numel == 0) return;
+    const int index = THPVariable_Unpack(entries_[position].param.ptr()).device().index();
+    by_device_[index].segments.push_back(segments_[position]);
+  });
+  for (auto& [index, part] : by_device_) count_tiles(part.segments, &part.tile_ends);
+  by_device_generation_ = generation_;
+}
+
 // Calls f for the part of this step on each device.
 template <class F>
 void Plan::on_cuda_devices(const py::function& current_stream,
                            const std::optional<at::Tensor>& grad_scale,
                            const std::optional<at::Tensor>& found_inf, F&& f) {
-  std::map<int, std::vector<Segment>> by_device;
-  for_each_chosen([&](int64_t position) {
-    if (segments_[position].numel == 0) return;
-    const int index = THPVariable_Unpack(entries_[position].param.ptr()).device().index();
-    by_device[index].push_back(segments_[position]);
-  });
-  for (auto& [index, segments] : by_device) {
+  sort_by_device();
+  for (const auto& [index, of_device] : by_device_) {
     const at::Device device(at::kCUDA, at::DeviceIndex(index));
-    auto& cuda_device = cuda_devices_[index];
-    if (!cuda_device) {
-      raise(cuda::check_device(index));
-      cuda_device = std::make_unique<cuda::Cuda>(index);
-    }
-    std::vector<int64_t> tile_ends;
-    count_tiles(segments, &tile_ends);
-    const auto stream = py::cast<intptr_t>(current_stream(index));
-    Part part{*cuda_device,
+    Part part{device_of(&cuda_devices_, index),
               device,
-              describe_launch(segments, tile_ends),
+              describe_launch(of_device.segments, of_device.tile_ends),
               {},
-              reinterpret_cast<void*>(stream)};
+              stream_of(current_stream, index)};
     std::vector<at::Tensor> alive;
     part.on_device.grad_scale = scalar_on(grad_scale, device, &alive);
     part.on_device.found_inf = scalar_on(found_inf, device, &alive);
@@ -98,6 +112,13 @@ void Plan::run_cuda(const py::function& current_stream, const std::optional<at::
   finish();
 }
 
+void run_cuda(const Launch& launch, int device, const py::function& current_stream) {
+  // The GIL keeps calls apart. Never destroyed: at the end of the process CUDA may go first.
+  static Devices& devices = *new Devices;
+  int launches = 0;
+  raise(device_of(&devices, device).step(launch, {}, stream_of(current_stream, device), &launches));
+}
+
 int cuda_devices() {
   int count = 0;
   raise(cuda::count_devices(&count));
@@ -117,6 +138,10 @@ void Plan::measure_cuda(const py::function&, bool, const std::optional<at::Tenso
 
 void Plan::run_cuda(const py::function&, const std::optional<at::Tensor>&,
                     const std::optional<at::Tensor>&) {
+  TORCH_CHECK(false, "backend='cuda': this build has no CUDA kernels");
+}
+
+void run_cuda(const Launch&, int, const py::function&) {
   TORCH_CHECK(false, "backend='cuda': this build has no CUDA kernels");
 }
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from . import native, reference
 from .backends import choose
-from .checks import check_tensor
+from .checks import check_param, check_tensor
 from .rules import RULES, Rule
 
 _library = torch.library.Library("fused_momentum", "DEF")
@@ -61,27 +61,64 @@ def _check_overlap(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
             raise ValueError(f"{name} and {other} overlap in memory; every one must have its own")
 
 
+def _run_native(rule: Rule, streams, hyper: Sequence[float], multiplier: float, first: bool):
+    # Where tensors are on a GPU, the extension asks for the stream.
+    cuda = streams[0][0].device.type == "cuda"
+    stream = torch._C._cuda_getCurrentRawStream if cuda else None
+    number, ones = native.rule_number(rule.name), [float(first)] * len(streams[0])
+    native.load()[0].run_tensors(number, streams, hyper, multiplier, ones, stream)
+
+
+# Their tables are read at each replay of a CUDA graph.
+_launchers_of_graphs = []
+
+
+def _run_triton(rule: Rule, streams, hyper: Sequence[float], multiplier: float, first: bool):
+    from . import kernels
+
+    scalars = [float(first), *(0.0 for _ in rule.tensor_scalars[1:])]
+    items = [kernels.Item(of, 0, scalars) for of in _by_tensor(streams)]
+    # Its tables are those of one call: the next may be on another stream.
+    launcher = kernels.Launcher(rule)
+    launcher.run(kernels.batches(items), torch.tensor([[*hyper, multiplier]], dtype=torch.float64))
+    if launcher.is_in_graphs:
+        _launchers_of_graphs.append(launcher)
+
+
+def _run_reference(rule: Rule, streams, hyper: Sequence[float], multiplier: float, first: bool):
+    for param, grad, *states in _by_tensor(streams):
+        reference.update(rule, param, grad, states, hyper, grad_multiplier=multiplier, first=first)
+
+
+_RUNS = {
+    "cpu": _run_native,
+    "cuda": _run_native,
+    "triton": _run_triton,
+    "reference": _run_reference,
+}
+
+
+def _by_tensor(streams) -> Iterator[tuple]:
+    """The streams of each tensor; None where a state is absent."""
+    absent = [None] * len(streams[0])
+    return zip(*(tensors or absent for tensors in streams), strict=True)
+
+
 @torch.no_grad()
 def _update(rule: Rule, lists, hyper: Sequence[float], first: bool, maximize: bool) -> None:
-    multiplier = -1.0 if maximize else 1.0
-    by_backend: dict[str, list[int]] = {}
+    """One launch for each device and, on GPUs, combination of dtypes."""
+    for k, name in enumerate(["params", *(f"{s.name}s" for s in rule.states)]):
+        for i, tensor in enumerate(lists[k and k + 1]):
+            check_param(f"{name}[{i}]", tensor)
+    by_device: dict[torch.device, list[int]] = {}
     for i, param in enumerate(lists[0]):
-        by_backend.setdefault(choose("auto", param.device.type).name, []).append(i)
-    for name, indices in by_backend.items():
+        by_device.setdefault(param.device, []).append(i)
+    for device, indices in by_device.items():
         streams = [[tensors[i] for i in indices] if tensors else [] for tensors in lists]
-        if name == "cpu":
-            number = native.rule_number(rule.name)
-            ones = [float(first)] * len(indices)
-            native.load()[0].run_tensors(number, streams, hyper, multiplier, ones)
-            for k, tensors in enumerate(streams):
-                if k != 1:
-                    torch.autograd.graph.increment_version(tensors)
-            continue
-        absent = [None] * len(indices)
-        for param, grad, *states in zip(*(s or absent for s in streams), strict=True):
-            reference.update(
-                rule, param, grad, states, hyper, grad_multiplier=multiplier, first=first
-            )
+        run = _RUNS[choose("auto", device.type).name]
+        run(rule, streams, hyper, -1.0 if maximize else 1.0, first)
+        if run is not _run_reference:  # torch has counted the reference's
+            torch.autograd.graph.increment_version(itertools.chain(streams[0], *streams[2:]))
 
 
 def _register(rule: Rule) -> tuple[Callable, Callable]:

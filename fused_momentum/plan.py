@@ -106,10 +106,10 @@ class _Triton:
         self._launcher = kernels.Launcher(rule)
 
     def measure(self, walk: Any, updates: bool, amp: Amp) -> None:
-        self._launcher.measure(walk.batches(), walk.hyper(), updates, amp.grad_scale, amp.found_inf)
+        self._launcher.measure(walk.batches(), walk.hyper(), updates, walk.device_lr(), *amp)
 
     def run(self, walk: Any, amp: Amp) -> None:
-        self._launcher.run(walk.batches(), walk.hyper(), amp.grad_scale, amp.found_inf)
+        self._launcher.run(walk.batches(), walk.hyper(), walk.device_lr(), *amp)
         walk.finish()
 
 
@@ -144,6 +144,8 @@ class Plan:
             _refuse_meta(groups)
         name = choose(self._request, device_type).name
         walk = self._make_walk(name, device_type)
+        if name in ("cuda", "triton"):
+            walk.keep_lr_on_device()
         for other, other_walk in self._walks.items():
             walk.leave(other)
             other_walk.leave(device_type)
@@ -169,8 +171,6 @@ class Plan:
         walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
         if self.rule.read is not None:
             walk.read_rows_with(self.rule.read)
-        if name == "cuda":
-            walk.keep_lr_on_device()
         return walk
 
     @property
@@ -196,6 +196,8 @@ class Plan:
         Returns False where ``amp`` says that the step must be skipped, as far as that is known
         without waiting for a device. ``updates=False`` only measures.
         """
+        if self.rule.read is not None and torch.cuda.is_initialized():
+            _refuse_capture(self.rule)
         waits = not (self._reads_amp and self._settled)
         if waits and amp.skips():
             return False
@@ -271,6 +273,16 @@ def _device_types(groups: list[dict]) -> list[str]:
     params = [p for group in groups for p in group["params"]]
     found = {p.device.type for p in params if getattr(p, "grad", None) is not None}
     return sorted(found) or ["cpu"]
+
+
+def _refuse_capture(rule: Rule) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a step of {rule.name} cannot be captured in a CUDA graph: it depends on the number "
+            "of the step, which is counted on the host, so every replay would repeat the step of "
+            "the capture. Capture forward and backward, and call the optimizer's step after each "
+            "replay"
+        )
 
 
 def _refuse_meta(groups: list[dict]) -> None:

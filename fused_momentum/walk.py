@@ -67,6 +67,12 @@ class Walk:
         self._params: list[tuple[torch.Tensor, int]] = []
         self._rows: dict[tuple[int, int], int] = {}  # of a group, at a step of a tensor
         self._hyper: list[list[float]] = []
+        self._device_lr: list[int] = []  # by row
+        self._keeps_lr = False
+
+    def keep_lr_on_device(self) -> None:
+        """The back-end reads learning rates of capturable groups on the device."""
+        self._keeps_lr = True
 
     def leave(self, device_type: str) -> None:
         """Tensors on this kind of device are taken care of elsewhere."""
@@ -88,6 +94,7 @@ class Walk:
         self.moves += 1
         self._params = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
         self._items, self._updates, self._rows, self._hyper = [], {}, {}, []
+        self._device_lr = []
         if self._rule.read is None:
             for i in range(len(groups)):
                 self._row_of(groups, i, 1, grad_multiplier)
@@ -127,9 +134,26 @@ class Walk:
         if (i, t) not in self._rows:
             self._rows[i, t] = len(self._hyper)
             maximize = number_of(groups[i], "maximize")
-            hyper = hyper_of(self._rule, groups[i], t)
+            address = self._address_of_lr(groups[i])
+            self._device_lr.append(address)
+            # Reading it here would wait for the device.
+            hyper = hyper_of(self._rule, {**groups[i], "lr": 0.0} if address else groups[i], t)
             self._hyper.append([*hyper, -grad_multiplier if maximize else grad_multiplier])
         return self._rows[i, t]
+
+    def _address_of_lr(self, group: dict) -> int:
+        """A learning rate's entry in ``device_lr``; as Plan::read_device_lr in csrc/rows.cpp."""
+        lr = group["lr"]
+        stays = (
+            self._keeps_lr
+            and self._rule.read is None
+            and isinstance(lr, torch.Tensor)
+            and lr.device.type == self._device_type
+            and lr.dtype in (torch.float32, torch.float64)
+            and lr.numel() == 1
+            and number_of(group, "capturable") != 0
+        )
+        return lr.data_ptr() + (lr.dtype == torch.float64) if stays else 0
 
     def _chosen(self, params: Sequence[torch.Tensor] | None) -> Sequence[int]:
         if params is None:
@@ -223,6 +247,10 @@ class Walk:
     def hyper(self) -> torch.Tensor:
         """float64 [rows, k + 1]: hyper-parameters, then the gradient multiplier."""
         return torch.tensor(self._hyper, dtype=torch.float64)
+
+    def device_lr(self) -> torch.Tensor | None:
+        """int64 [rows]: where learning rates are on the device; see ``csrc/plan.h``."""
+        return torch.tensor(self._device_lr) if any(self._device_lr) else None
 
     def finish(self) -> None:
         """The tables were launched: version counters of the parameters move, and step counts."""

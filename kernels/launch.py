@@ -64,11 +64,17 @@ class Launcher:
         # What a measuring pass has found for the update that follows it.
         self._found: dict[Table, torch.Tensor] = {}
 
+    @property
+    def is_in_graphs(self) -> bool:
+        """Whether a CUDA graph reads its tables: it must live as long as that."""
+        return any(table.is_in_graphs for table in self._tables.values())
+
     def measure(
         self,
         batches: Iterable,
         hyper: torch.Tensor,
         updates: bool,
+        device_lr: torch.Tensor | None = None,
         grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
     ) -> None:
@@ -77,7 +83,7 @@ class Launcher:
         It settles the scalars per tensor of the ``run`` that follows; ``updates``: there is one.
         """
         self._found.clear()
-        for table in self._tables_of(batches, hyper):
+        for table in self._tables_of(batches, hyper, device_lr):
             found = self.measure_table(table, updates, grad_scale, found_inf)
             if updates:
                 self._found[table] = found
@@ -86,17 +92,18 @@ class Launcher:
         self,
         batches: Iterable,
         hyper: torch.Tensor,
+        device_lr: torch.Tensor | None = None,
         grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
     ) -> None:
         """Update the tensors of every batch, by one launch for each; see ``Batch``.
 
-        ``hyper``: float64 [rows, k + 1], as ``Table.set_hyper`` takes it. Gradients are multiplied
+        ``hyper`` and ``device_lr`` are as ``Table.set_hyper`` takes them. Gradients are multiplied
         by their row's multiplier and by 1 / ``grad_scale``; where ``found_inf`` is not zero nothing
         is written. Both are float32 tensors of one element, which are read on the device, without
         a wait.
         """
-        for table in self._tables_of(batches, hyper):
+        for table in self._tables_of(batches, hyper, device_lr):
             self.update_table(table, grad_scale, found_inf, self._found.pop(table, None))
 
     def update_table(
@@ -123,8 +130,10 @@ class Launcher:
         sums = given.new_empty(self._measure.sums, table.tiles)
         self._run_pass(self._measure, table, given, grad_scale, found_inf, sums)
         found = torch.empty_like(given)
+        (device_lr,) = table.get("device_lr")
         arguments = (
             *table.get("shapes", "tensor_scalars", "kept", "hyper"),
+            device_lr,
             _moved(found_inf, table.device),
             sums,
             found,
@@ -132,7 +141,7 @@ class Launcher:
             table.tiles,
             int(updates),
         )
-        signature = (self._rule.name, found_inf is None)
+        signature = (self._rule.name, device_lr is None, found_inf is None)
         if table.tiles > 0:
             launch(
                 settle_kernel,
@@ -160,20 +169,25 @@ class Launcher:
         if key not in self._constants:
             self._constants[key] = pass_constants(self._rule, pass_, table.dtypes, table.dims)
         constants, options = self._constants[key]
+        (device_lr,) = table.get("device_lr")
         arguments = (
             *table.get("tile_tensor", "shapes", "addresses"),
             tensor_scalars,
             *table.get("kept", "layouts", "hyper"),
+            device_lr,
             _moved(grad_scale, table.device),
             _moved(found_inf, table.device),
             sums,
             table.tensors,
             table.tiles,
         )
-        signature = (self._rule.name, *key, grad_scale is None, found_inf is None)
+        absent = (device_lr is None, grad_scale is None, found_inf is None)
+        signature = (self._rule.name, *key, *absent)
         launch(pass_kernel, table.tiles, table.device, arguments, constants, signature, **options)
 
-    def _tables_of(self, batches: Iterable, hyper: torch.Tensor) -> Iterator[Table]:
+    def _tables_of(
+        self, batches: Iterable, hyper: torch.Tensor, device_lr: torch.Tensor | None
+    ) -> Iterator[Table]:
         """The tables of these batches, as they are now."""
         for batch in batches:
             key = (batch.device, batch.dtypes)
@@ -188,7 +202,7 @@ class Launcher:
                 batch.kept,
                 batch.layouts,
             )
-            table.set_hyper(hyper)
+            table.set_hyper(hyper, device_lr)
             yield table
 
 

@@ -113,6 +113,25 @@ def load_numbers(table, stride, COUNT: tl.constexpr):
 
 
 @triton.jit
+def load_hyper(hyper, device_lr, row, HYPER: tl.constexpr):
+    """The hyper-parameters of a row; the learning rate, the first of them, may lie elsewhere."""
+    values = load_numbers(hyper + row * (HYPER + 1), 1, HYPER)
+    if device_lr is not None:
+        address = tl.load(device_lr + row)
+        wide = address & 1
+        low = (address != 0) & (wide == 0)
+        single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=low, other=0.0)
+        at = (address - wide).to(tl.pointer_type(tl.float64))
+        double = tl.load(at, mask=wide != 0, other=0.0)
+        found = tl.where(wide != 0, double, single.to(tl.float64))
+        others = values
+        values = (tl.where(address != 0, found, others[0]),)
+        for k in tl.static_range(1, HYPER):
+            values += (others[k],)
+    return values
+
+
+@triton.jit
 def load_kept(kept, tensors, KEPT: tl.constexpr, INITIAL: tl.constexpr):
     """The numbers kept for a tensor, in float64; absent ones are as they begin."""
     numbers = ()
@@ -155,6 +174,7 @@ def pass_kernel(
     kept,  # int64 [numbers, tensors] or None: addresses of the kept numbers; 0 where absent
     layouts,  # int64 [tensors, 1 + streams, DIMS] or None: see stream_offsets
     hyper,  # float64 [rows, HYPER + 1]: hyper-parameters, then the gradient multiplier
+    device_lr,  # int64 [rows] or None: addresses of learning rates, + 1 if float64; 0: in `hyper`
     grad_scale,  # float32 [1] or None: gradients are divided by it
     found_inf,  # float32 [1] or None: where it is not zero nothing is written
     sums,  # float64 [SUMS, tiles] or None, written: sums of each tile
@@ -182,14 +202,14 @@ def pass_kernel(
     tensor = tl.load(tile_tensor + tile).to(tl.int64)
     numel = tl.load(shapes + tensor)
     begin = (tile - tl.load(shapes + tensors + tensor)) * TILE
-    hyper += tl.load(shapes + 2 * tensors + tensor) * (HYPER + 1)
-    values = load_numbers(hyper, 1, HYPER)
+    row = tl.load(shapes + 2 * tensors + tensor)
+    values = load_hyper(hyper, device_lr, row, HYPER)
     tensor_values = load_numbers(tensor_scalars + tensor, tensors, TENSOR_SCALARS)
     kept_values = ()
     if kept is not None:
         kept_values = load_kept(kept + tensor, tensors, KEPT, INITIAL)
     scalars = rounded(DERIVE(*values, *tensor_values, *kept_values), COMPUTE)
-    grad_multiplier = load_multiplier(hyper + HYPER, grad_scale, COMPUTE)
+    grad_multiplier = load_multiplier(hyper + row * (HYPER + 1) + HYPER, grad_scale, COMPUTE)
     if READS is not None:
         reads = READS(*scalars)
     if SETTLED is not None:
@@ -235,6 +255,7 @@ def settle_kernel(
     tensor_scalars,
     kept,
     hyper,
+    device_lr,
     found_inf,
     tile_sums,  # float64 [SUMS, tiles]
     settled_scalars,  # float64 [TENSOR_SCALARS, tensors], written: those of this step
@@ -251,8 +272,7 @@ def settle_kernel(
 ):
     tensor = tl.program_id(0).to(tl.int64)
     numel = tl.load(shapes + tensor)
-    hyper += tl.load(shapes + 2 * tensors + tensor) * (HYPER + 1)
-    values = load_numbers(hyper, 1, HYPER)
+    values = load_hyper(hyper, device_lr, tl.load(shapes + 2 * tensors + tensor), HYPER)
     given = load_numbers(tensor_scalars + tensor, tensors, TENSOR_SCALARS)
     kept_values = ()
     if kept is not None:

@@ -7,11 +7,22 @@ import torch
 from .sums import TILE
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is started on the device now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The table where the device can copy it from while the host goes on."""
+    return table if device.type == "cpu" else table.pin_memory()
+
+
 class Table:
     """The tensors of one launch; all of them have the same ``dtypes``: of p, g and the states.
 
     A table that is set again with the same content is not uploaded again. Uploads are ordered by
-    the current stream and do not wait for it.
+    the current stream and do not wait for it. What a CUDA graph has been captured with stays as it
+    is for good: a replay reads it again.
     """
 
     def __init__(self, device: torch.device, dtypes: tuple[torch.dtype, ...]):
@@ -20,6 +31,13 @@ class Table:
         self.tensors = self.tiles = self.dims = 0
         self._host: dict[str, torch.Tensor] = {}
         self._device: dict[str, torch.Tensor] = {}
+        self._in_graphs: set[str] = set()  # of `_device`, those that a graph reads
+        self._of_graphs: list[torch.Tensor] = []  # everything that graphs read, kept alive
+
+    @property
+    def is_in_graphs(self) -> bool:
+        """Whether a CUDA graph reads from here."""
+        return bool(self._of_graphs)
 
     def set_tensors(
         self,
@@ -59,11 +77,19 @@ class Table:
             index = torch.arange(self.tensors, dtype=torch.int32)
             self._upload("tile_tensor", index.repeat_interleave(tiles))
 
-    def set_hyper(self, hyper: torch.Tensor) -> None:
+    def set_hyper(self, hyper: torch.Tensor, device_lr: torch.Tensor | None = None) -> None:
         """Set float64 [rows, k + 1]: the rule's k hyper-parameters, then the gradient multiplier.
 
         A tensor that is on the device already is used as it is: later changes to it take effect.
+        ``device_lr``: int64 [rows], addresses of learning rates (the first hyper-parameter) that
+        are read on the device when the kernel runs, plus 1 where they are float64, else float32;
+        0: the one in ``hyper``.
         """
+        if device_lr is None:
+            self._host.pop("device_lr", None)
+            self._device.pop("device_lr", None)
+        else:
+            self._upload("device_lr", device_lr)
         if hyper.device == self.device and self.device.type != "cpu":
             self._host.pop("hyper", None)
             self._device["hyper"] = hyper
@@ -71,22 +97,41 @@ class Table:
             self._upload("hyper", hyper)
 
     def get(self, *names: str) -> list[torch.Tensor | None]:
-        """The copies of these tables on the device; None for one that is not needed."""
-        return [self._device.get(name) for name in names]
+        """The copies of these tables on the device, for a kernel; None: one that is not needed."""
+        found = [self._device.get(name) for name in names]
+        if is_capturing(self.device):
+            self._in_graphs.update(names)
+            self._of_graphs += [table for table in found if table is not None]
+        return found
 
     def _upload(self, name: str, table: torch.Tensor) -> bool:
         """Copy a table to the device; return False where it is there already."""
         known = self._host.get(name)
         if known is not None and torch.equal(known, table):
             return False
-        self._host[name] = table.clone()
-        if self.device.type == "cpu":
-            self._device[name] = self._host[name]
+        if is_capturing(self.device):
+            self._upload_in_graph(name, table)
             return True
+        self._host[name] = table.clone()
+        if known is None or known.shape != table.shape or name in self._in_graphs:
+            self._device[name] = torch.empty_like(table, device=self.device)
+            self._in_graphs.discard(name)
         # torch keeps pinned memory until the copy is done, and does not wait for it.
-        pinned = table.pin_memory()
-        if known is not None and known.shape == table.shape:
-            self._device[name].copy_(pinned, non_blocking=True)
-        else:
-            self._device[name] = pinned.to(self.device, non_blocking=True)
+        self._device[name].copy_(pinned(table, self.device), non_blocking=True)
         return True
+
+    def _upload_in_graph(self, name: str, table: torch.Tensor) -> None:
+        """Have every replay copy a table that is the graph's own."""
+        self._host.pop(name, None)  # a later step finds nothing there: no replay need have been
+        try:
+            source = pinned(table.clone(), self.device)
+            self._device[name] = torch.empty_like(table, device=self.device)
+            self._device[name].copy_(source, non_blocking=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "backend='triton' could not make its table of tensors part of the CUDA graph that "
+                "is being captured; nothing was updated. Take two steps with the same parameters "
+                "and gradients before the capture (zero_grad(set_to_none=False) keeps them where "
+                f"they are), or use backend='cuda'. {type(error).__name__}: {error}"
+            ) from error
+        self._of_graphs.append(source)

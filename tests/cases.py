@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import fused_momentum
 from fused_momentum import native, reference
-from fused_momentum.backends import choose
+from fused_momentum.backends import PREFERENCE, choose
 from fused_momentum.rules import RULES
 
 STEPS = 4
@@ -345,7 +345,9 @@ def update(backend, rule, streams, hyper, *, first=False, maximize=False, kept=N
         reference.update(rule, p, g, states, hyper.values(), grad_multiplier=sign, first=first)
     else:
         op = getattr(fused_momentum.ops, f"{rule.name}_")
-        op(*([t] for t in moved), **hyper, first=first, maximize=maximize)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PREFERENCE, device_of(backend), (backend,))
+            op(*([t] for t in moved), **hyper, first=first, maximize=maximize)
     for t, result in zip(streams, moved, strict=True):
         t.copy_(result)
 

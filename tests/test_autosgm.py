@@ -49,6 +49,22 @@ def distance(a, b):
     return (a.cpu() - b.cpu()).abs().max().item()
 
 
+def test_a_step_in_a_cuda_graph_is_refused(monkeypatch):
+    """Its number is the host's: a replay would repeat it. Nothing changes, no step is counted."""
+    optimizer, p = trained(steps=range(2))
+    (state,) = optimizer.state.values()
+    held, before = {key: t.clone() for key, t in state.items()}, p.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=r"CUDA graph.*every replay.*after each replay"):
+            optimizer.step()
+    assert torch.equal(p, before)
+    assert state.keys() == held.keys() and all(torch.equal(state[key], held[key]) for key in held)
+    trained(optimizer=optimizer, steps=range(2, 4))
+    assert torch.equal(p, trained(steps=range(4))[1])
+
+
 # --- torch and the model -------------------------------------------------------------------------
 
 

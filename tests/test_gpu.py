@@ -21,10 +21,10 @@ def params_of(count=50, device="cuda", dtype=torch.float32):
     return made
 
 
-def copies(params):
+def copies(params, grads=True):
     made = [Parameter(p.detach().clone()) for p in params]
     for p, source in zip(made, params, strict=True):
-        p.grad = source.grad.clone()
+        p.grad = source.grad.clone() if grads else None
     return made
 
 
@@ -63,8 +63,6 @@ def test_a_steady_step_is_one_kernel(backend, count):
 
 @KINDS
 def test_a_captured_step_equals_eager_and_follows_lr(backend):
-    if backend == "triton":
-        pytest.skip("a tensor lr on the device is read by the CUDA kernels only")
     lr = torch.tensor(0.1, device="cuda")
     params = params_of()
     eager = copies(params)
@@ -79,6 +77,51 @@ def test_a_captured_step_equals_eager_and_follows_lr(backend):
         other.param_groups[0]["lr"] = lr.item()
         other.step()
     assert all(torch.equal(p, q) for p, q in zip(params, eager, strict=True))
+
+
+def backward(params, factor):
+    """Gradients in new memory, the same in a graph and out of it."""
+    for p in params:
+        p.grad = None
+    torch.stack([(p * p * factor).sum() for p in params]).sum().backward()
+
+
+@KINDS
+@pytest.mark.parametrize("count", [50, 3000])
+def test_a_captured_training_step_equals_eager(backend, count):
+    """The graph has gradients of its own; steps with other ones come between its replays."""
+    factor = torch.tensor(0.5, device="cuda")
+    params = [Parameter(torch.randn(1 + i % 7, device="cuda")) for i in range(count)]
+    eager = copies(params, grads=False)
+    optimizer, other = (fm.FusedSGD(of, backend=backend, **SETTINGS) for of in (params, eager))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            backward(params, factor)
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for p in params:
+        p.grad = None
+    with torch.cuda.graph(graph):
+        backward(params, factor)
+        optimizer.step()
+    own = [p.grad for p in params]
+    for _ in range(2):
+        backward(eager, factor)
+        other.step()
+    for value in (0.5, 0.25, 1.0):
+        factor.fill_(value)
+        for p, grad in zip(params, own, strict=True):
+            p.grad = grad
+        graph.replay()
+        backward(params, factor)
+        optimizer.step()
+        for _ in range(2):
+            backward(eager, factor)
+            other.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, eager, strict=True))
 
 
 @KINDS

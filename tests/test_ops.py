@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 from cases import (
+    BACKENDS,
+    EXTENSION,
     FORMS,
     LAYOUTS,
     OP_RULES,
@@ -19,6 +21,7 @@ from cases import (
 )
 
 import fused_momentum as fm
+from fused_momentum.backends import Choice
 
 FORMS = [form for form in FORMS.values() if form.shape != (100_003,)]
 
@@ -139,6 +142,51 @@ def test_a_hyperparameter_that_is_not_given_is_zero(rule):
         op(*lists)
     with pytest.raises(TypeError, match="rate"):
         op(*lists, lr=0.1, rate=0.1)
+
+
+# --- which back-end runs -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """``chosen(name)`` makes that the choice everywhere; returns what its runs are called with."""
+
+    def make(name):
+        calls = []
+        monkeypatch.setattr(fm.ops, "choose", lambda *asked: Choice(name, "for this test"))
+        monkeypatch.setitem(fm.ops._RUNS, name, lambda *args: calls.append(args))
+        return calls
+
+    return make
+
+
+@op_rules
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_the_chosen_backend_gets_everything_in_one_call(rule, name, chosen):
+    calls, lists = chosen(name), _lists(rule, FORMS[1:4])
+    versions = [[t._version for t in tensors] for tensors in lists]
+    hyper = VARIANTS[rule.name].hyper
+    getattr(fm.ops, f"{rule.name}_")(*lists, **hyper, first=True, maximize=True)
+    ((given, streams, numbers, multiplier, first),) = calls
+    assert (given, numbers) == (rule, [float(hyper[key]) for key in rule.hyper])
+    assert (multiplier, first) == (-1.0, True)
+    for k, (tensors, others) in enumerate(zip(streams, lists, strict=True)):
+        assert [t.data_ptr() for t in tensors] == [t.data_ptr() for t in others]
+        # Kernels write past torch, which must be told.
+        moved = [t._version - v for t, v in zip(others, versions[k], strict=True)]
+        assert moved == [int(k != 1)] * len(others)
+
+
+def test_the_cuda_kernels_are_asked_where_there_is_a_stream():
+    """And say what is missing, with nothing changed, where there is no GPU."""
+    if "cuda" in BACKENDS:
+        pytest.skip("there is a GPU")
+    p, g, m = ([values((5,), torch.float32, k).clone()] for k in range(3))
+    before = _bits([p, m])
+    hyper = [float(value) for value in VARIANTS["sgd"].hyper.values()]
+    with pytest.raises(RuntimeError, match=r"backend='cuda': (this build has no CUDA|the CUDA)"):
+        EXTENSION.run_tensors(0, [p, g, m], hyper, 1.0, [0.0], lambda index: 0)
+    assert _equal(_bits([p, m]), before)
 
 
 # --- errors ----------------------------------------------------------------------------------

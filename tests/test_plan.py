@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import (
+    EXTENSION,
     FORMS,
     LAYOUTS,
     TILE,
@@ -17,6 +18,8 @@ from cases import (
     values,
 )
 from torch.nn import Parameter
+
+from fused_momentum import plan
 
 # --- what is noticed between steps -----------------------------------------------------------
 # An event is done to an optimizer with a plan and to one on the reference, which walks afresh at
@@ -188,6 +191,12 @@ def momentum(run):
 
 
 @event
+def number_of_the_step(run):
+    if "step" in _state(run, 1):
+        _state(run, 1)["step"].add_(2)  # in place
+
+
+@event
 def a_subset_first(run):
     run.opt.step_params(run.params[1:4])
 
@@ -210,10 +219,11 @@ def _set_grads(run, step):
         p.grad = values(p.shape, p.dtype, 100 * step + i).to(p.device, copy=True)
 
 
-def _train(variant, backend, event, at):
+def _train(variant, backend, event, at, fresh=True):
     run, abandoned = _run(variant, backend), []
     for step in range(5):
-        _set_grads(run, step)
+        if fresh or step == 0:
+            _set_grads(run, step)
         if step in at:
             abandoned += [(t.detach(), t.detach().clone()) for t in event(run) or ()]
         run.opt.step()
@@ -230,6 +240,59 @@ def test_the_plan_notices(rule, backend, event, at):
     variant = VARIANTS[rule.name]
     run, truth = (_train(variant, name, event, at) for name in (backend, "reference"))
     assert not differing(run, truth)
+
+
+# --- the number that stands for what a step works on -----------------------------------------
+
+
+def _tables(walk):
+    """Everything that the kernels' tables are made of, but for hyper-parameters."""
+    names = ("addresses", "numels", "rows", "tensor_scalars", "kept", "layouts")
+    tables = [[getattr(batch, name) for name in names] for batch in walk.batches()]
+    return [[None if t is None else t.tolist() for t in batch] for batch in tables]
+
+
+@pytest.fixture
+def generations(monkeypatch):
+    """The walk's number and its tables, at every step."""
+    seen, run = [], plan._Walked.run
+
+    def watched(self, walk, amp):
+        if hasattr(walk, "generation"):  # the extension's
+            seen.append((walk.generation, _tables(walk)))
+        run(self, walk, amp)
+
+    monkeypatch.setattr(plan._Walked, "run", watched)
+    return seen
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="only the extension's walk has a number")
+@pytest.mark.parametrize("fresh", [True, False], ids=["new-grads", "same-grads"])
+@pytest.mark.parametrize("at", [(0,), (2,), (1, 2, 3)], ids=["first", "later", "repeated"])
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
+@rules
+def test_the_same_number_means_the_same_tables(rule, event, at, fresh, generations):
+    """The launcher packs nothing anew while it stays: it must change with anything they hold."""
+    _train(VARIANTS[rule.name], "cpu", event, at, fresh)
+    tables_of = {}
+    for generation, tables in generations:
+        assert tables_of.setdefault(generation, tables) == tables
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="only the extension's walk has a number")
+@rules
+def test_the_number_stays_while_nothing_changes(rule, generations):
+    run = _run(VARIANTS[rule.name], "cpu")
+    _set_grads(run, 0)
+    for step in range(6):
+        run.opt.param_groups[0]["lr"] = 0.1 / (1 + step)
+        run.opt.step()
+    (first, _), *steady = generations
+    assert len({number for number, _ in steady}) == 1
+    run.opt.step_params(run.params[1:3])
+    run.opt.step()
+    numbers = [number for number, _ in generations]
+    assert first < numbers[-3] < numbers[-2] < numbers[-1]
 
 
 @rules

@@ -152,6 +152,12 @@ def test_no_path_of_some_machine(file):
     assert not found
 
 
+def test_make_gpu_runs_every_test_that_waits_for_a_gpu():
+    listed = set(re.findall(r"tests/test_gpu\w*\.py", (ROOT / "Makefile").read_text("utf-8")))
+    there = {f"tests/{file.name}" for file in (ROOT / "tests").glob("test_gpu*.py")}
+    assert listed == there
+
+
 # --- docstrings ------------------------------------------------------------------------------
 
 

@@ -261,8 +261,9 @@ def test_tables_are_uploaded_only_when_they_changed():
     (hyper,) = table.get("hyper")
     table.set_hyper(hyper.clone())
     assert table.get("hyper")[0] is hyper
-    table.set_hyper(hyper * 2)
-    assert torch.equal(table.get("hyper")[0], hyper * 2)
+    doubled = hyper * 2
+    table.set_hyper(doubled)
+    assert torch.equal(table.get("hyper")[0], doubled)
 
 
 def test_a_failed_launch_says_so(driver, monkeypatch):
@@ -276,3 +277,18 @@ def test_a_failed_launch_says_so(driver, monkeypatch):
     with pytest.raises(RuntimeError, match=r"backend='triton' could not .* no kernel image"):
         update(RULES["sgd"], table_of(RULES["sgd"]))
     kernels.step.pass_kernel.device_caches.clear()
+
+
+def test_a_learning_rate_on_the_device_has_a_kernel_of_its_own(driver, tmp_path):
+    """It is found by two loads more, before the tile's."""
+    rule, table = RULES["sgd"], table_of(RULES["sgd"])
+    update(rule, table)
+    hyper = torch.ones(1, len(rule.hyper) + 1, dtype=F64)
+    table.set_hyper(hyper, torch.tensor([4096]))
+    update(rule, table)
+    _, own = kernels.launch._compiled.values()
+    check_kernel(own, tmp_path / "kernel.cubin")
+    check_wide_accesses(own, table, [0, 1, 2], [0, 2])
+    table.set_hyper(hyper)
+    update(rule, table)
+    assert len(kernels.launch._compiled) == 2

@@ -127,7 +127,7 @@ def check_sum_of_many_tiles():
     sums = torch.full((2, 3), torch.nan, dtype=F64)
     kept = torch.tensor([[t.data_ptr() for t in row] for row in sums])
     hyper, first, found = torch.ones(1, 2, dtype=F64), *torch.zeros(2, 1, 3, dtype=F64)
-    arguments = (shapes, first, kept, hyper, None, tile_sums, found, 3, sum(counts), 1)
+    arguments = (shapes, first, kept, hyper, None, None, tile_sums, found, 3, sum(counts), 1)
     launch(settle_kernel, 3, torch.device("cpu"), arguments, settle_constants(SUMS), ())
     expected = [[sum_of_tiles(part) for part in row.split(counts)] for row in tile_sums]
     assert torch.equal(sums, torch.tensor(expected, dtype=F64))

@@ -125,31 +125,51 @@ inline uint64_t word_of(const void* address) {
   return reinterpret_cast<uint64_t>(address);
 }
 
-// The table of one kernel.
+// The table of one kernel, over segments from `begin` on and rows [first_row, end_row).
 struct Table {
   Header header;
   std::vector<uint64_t> rows, tensors;
-  int64_t words() const { return int64_t(rows.size() + tensors.size()); }
+  int part;
+  int64_t begin;
+  int32_t first_row, end_row;
+
+  // What goes into the arguments: all that is not on the device.
+  int64_t words() const {
+    return int64_t((header.rows ? 0 : rows.size()) + (header.tensors ? 0 : tensors.size()));
+  }
 };
 
 // Arguments from a table whose words fit into them.
 template <class A>
 void fill(const Table& table, A* args) {
   args->header = table.header;
-  args->header.tensors_at = uint32_t(table.rows.size());
-  std::copy(table.rows.begin(), table.rows.end(), args->words);
-  std::copy(table.tensors.begin(), table.tensors.end(), args->words + table.rows.size());
+  uint64_t* words = args->words;
+  if (!table.header.rows) words = std::copy(table.rows.begin(), table.rows.end(), words);
+  args->header.tensors_at = uint32_t(words - args->words);
+  if (!table.header.tensors) std::copy(table.tensors.begin(), table.tensors.end(), words);
 }
 
-inline void pack_rows(const Launch& launch, const OnDevice& on_device, const RuleInfo& rule,
-                      int32_t begin, int32_t end, std::vector<uint64_t>* words) {
-  for (int32_t row = begin; row < end; row++) {
+// What may be another at every step: hyper-parameters, and where numbers are on the device.
+inline void pack_numbers(const Launch& launch, const OnDevice& on_device, const RuleInfo& rule,
+                         Table* table) {
+  std::vector<uint64_t>& words = table->rows;
+  words.clear();
+  for (int32_t row = table->first_row; row < table->end_row; row++) {
     for (int k = 0; k < rule.hyper; k++)
-      words->push_back(word_of(launch.hyper[int64_t(row) * launch.hyper_stride + k]));
-    words->push_back(word_of(launch.grad_multiplier[row]));
+      words.push_back(word_of(launch.hyper[int64_t(row) * launch.hyper_stride + k]));
+    words.push_back(word_of(launch.grad_multiplier[row]));
     const uint64_t lr = on_device.lr ? word_of(on_device.lr[row]) : 0;
-    words->push_back(lr && on_device.lr_dtype[row] == DType::f64 ? lr | 1 : lr);
+    words.push_back(lr && on_device.lr_dtype[row] == DType::f64 ? lr | 1 : lr);
   }
+  Header& header = table->header;
+  header.grad_scale = on_device.grad_scale;
+  header.found_inf = on_device.found_inf;
+  header.first = on_device.first ? on_device.first + table->begin : nullptr;
+  header.ticket = on_device.first ? on_device.ticket : nullptr;
+  header.tile_sums = header.tensor_scalars = nullptr;
+  header.updates = false;
+  if (on_device.tensor_scalars != nullptr)
+    header.tensor_scalars = on_device.tensor_scalars + table->begin * rule.tensor_scalars;
 }
 
 // Appends the words of a strided tensor; returns where they begin.
@@ -167,14 +187,14 @@ inline uint64_t pack_layout(const Segment& segment, int streams, std::vector<uin
 }
 
 // Tensor i of the table is segment begin + i; those of other parts have no tiles.
-inline void pack(const Launch& launch, const OnDevice& on_device, const Part& part,
-                 const std::vector<int>& part_of, const RuleInfo& rule, int64_t begin, int64_t end,
-                 Table* table) {
+inline void pack_tensors(const Launch& launch, const Part& part, const std::vector<int>& part_of,
+                         const RuleInfo& rule, int64_t begin, int64_t end, Table* table) {
   Size size{rule};
   for (int64_t i = begin; i < end; i++) size.add(launch.segments[i], part_of[i] == part.number);
-  const int32_t first_row = size.first_row;
-  table->rows.reserve(size.rows());
-  pack_rows(launch, on_device, rule, first_row, size.last_row + 1, &table->rows);
+  table->part = part.number;
+  table->begin = begin;
+  table->first_row = size.first_row;
+  table->end_row = size.last_row + 1;
   const int64_t count = end - begin;
   const int streams = streams_of(rule);
   std::vector<uint64_t>& words = table->tensors;
@@ -187,7 +207,7 @@ inline void pack(const Launch& launch, const OnDevice& on_device, const Part& pa
     if (part_of[begin + i] == part.number) {
       const int64_t own = tiles_of(segment.numel);
       entry = {tiles += uint32_t(own), int(segment.numel - (own - 1) * kTile), segment.first,
-               segment.layout != nullptr, uint32_t(segment.row - first_row)};
+               segment.layout != nullptr, uint32_t(segment.row - size.first_row)};
       for (int s = 0; s < streams; s++) words[count * (1 + s) + i] = word_of(segment.data[s]);
       for (int k = 0; k < rule.kept; k++)
         words[count * (1 + streams + k) + i] = word_of(segment.kept[k]);
@@ -196,12 +216,6 @@ inline void pack(const Launch& launch, const OnDevice& on_device, const Part& pa
     words[i] = word_of(entry);
   }
   Header& header = table->header;
-  header.grad_scale = on_device.grad_scale;
-  header.found_inf = on_device.found_inf;
-  header.first = on_device.first ? on_device.first + begin : nullptr;
-  header.ticket = on_device.first ? on_device.ticket : nullptr;
-  if (on_device.tensor_scalars != nullptr)
-    header.tensor_scalars = on_device.tensor_scalars + begin * rule.tensor_scalars;
   header.tensor_count = uint32_t(count);
   header.tiles = tiles;
   std::memcpy(header.dtype, part.dtype, sizeof(header.dtype));

@@ -8,6 +8,15 @@
 
 namespace fused_momentum::cuda {
 
+// The tables of the last step, with which the next one over the same tensors begins.
+struct Packed {
+  uint64_t generation = 0;  // of the launch; 0: of none
+  int tiles_per_block = 0;
+  bool fits = true;    // all of it into arguments,
+  bool split = false;  // or into those of several kernels
+  std::vector<Table> tables;
+};
+
 // A GPU, or what stands for one in the tests.
 class Machine {
  public:
@@ -21,6 +30,7 @@ class Machine {
   virtual Status start(int rule, bool measures, const Table& table, int* launches) = 0;
 
   int tiles_per_block = 0;
+  Packed packed;
 
  protected:
   ~Machine() = default;
@@ -40,21 +50,23 @@ inline uint32_t blocks_of(const Header& header) {
   return (header.tiles - 1) / header.tiles_per_block + 1;
 }
 
-// Moves to the device what does not fit into the arguments.
-inline Status place(int number, Table* table, Machine& machine) {
+// Has on the device what does not fit into the arguments.
+inline Status place(Table* table, Machine& machine) {
+  Header& header = table->header;
+  header.rows = header.tensors = nullptr;
   if (table->words() <= LargeArgs::kWords) return {};
-  const bool rows_too = table->rows.size() > size_t(LargeArgs::kWords);
-  const size_t tensors_at = rows_too ? table->rows.size() : 0;
-  std::vector<uint64_t> words;
-  if (rows_too) words.swap(table->rows);
-  words.insert(words.end(), table->tensors.begin(), table->tensors.end());
   const uint64_t* address = nullptr;
-  const Status status = machine.upload(number, words, &address);
-  if (status.code != 0) return status;
-  table->tensors.clear();
-  table->header.tensors = address + tensors_at;
-  if (rows_too) table->header.rows = address;
-  return {};
+  if (table->rows.size() <= size_t(LargeArgs::kWords)) {
+    const Status status = machine.upload(table->part, table->tensors, &address);
+    header.tensors = address;
+    return status;
+  }
+  std::vector<uint64_t> words = table->rows;
+  words.insert(words.end(), table->tensors.begin(), table->tensors.end());
+  const Status status = machine.upload(table->part, words, &address);
+  header.rows = address;
+  header.tensors = address + table->rows.size();
+  return status;
 }
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
@@ -69,57 +81,80 @@ inline Status check(const Launch& launch) {
   return {};
 }
 
-// Makes everything that can fail before anything starts: a step happens whole or not at all.
-inline Status make_tables(const Launch& launch, const OnDevice& on_device, Machine& machine,
-                          std::vector<Table>* tables) {
+// Packs the tensors of a launch anew.
+inline Status pack_launch(const Launch& launch, Machine& machine, Packed* packed) {
   const RuleInfo& rule = rule_infos()[launch.rule];
-  const Status checked = check(launch);
-  if (checked.code != 0) return checked;
+  Status status = check(launch);
   std::vector<int> part_of;
   for (const Part& part : find_parts(launch, streams_of(rule), &part_of)) {
+    if (status.code != 0) return status;
     int64_t begin = part.begin, end = end_of_arguments(launch, part, part_of, rule, begin);
-    bool capturing = false;
-    if (end < part.end) {
-      const Status status = machine.is_capturing(&capturing);
-      if (status.code != 0) return status;
-      // A graph outlives tables, so it gets its words in arguments, by as many kernels as it takes.
-      if (!capturing) end = part.end;
-    }
+    if (end < part.end && packed->fits) status = machine.is_capturing(&packed->split);
+    packed->fits &= end == part.end;
+    // A graph outlives tables, so it gets its words in arguments, by as many kernels as it takes.
+    if (!packed->split) end = part.end;
     while (begin < part.end) {
       Table table;
-      pack(launch, on_device, part, part_of, rule, begin, end, &table);
+      pack_tensors(launch, part, part_of, rule, begin, end, &table);
       table.header.tiles_per_block = choose_tiles_per_block(table.header.tiles, machine);
-      const Status status = place(part.number, &table, machine);
-      if (status.code != 0) return status;
-      if (table.header.tiles != 0) tables->push_back(std::move(table));
+      if (table.header.tiles != 0) packed->tables.push_back(std::move(table));
       begin = end;
       if (begin < part.end) end = end_of_arguments(launch, part, part_of, rule, begin);
     }
   }
-  return {};
+  packed->generation = launch.generation;
+  packed->tiles_per_block = machine.tiles_per_block;
+  return status;
+}
+
+// Whether the machine's tables are those of the launch, but for its numbers.
+inline Status is_packed(const Launch& launch, Machine& machine, bool* yes) {
+  const Packed& packed = machine.packed;
+  *yes = launch.generation != 0 && launch.generation == packed.generation &&
+         machine.tiles_per_block == packed.tiles_per_block;
+  if (!*yes || packed.fits) return {};
+  bool capturing = false;
+  const Status status = machine.is_capturing(&capturing);
+  *yes = capturing == packed.split;
+  return status;
+}
+
+// Makes everything that can fail before anything starts: a step happens whole or not at all.
+inline Status make_tables(const Launch& launch, const OnDevice& on_device, Machine& machine) {
+  bool packed = false;
+  Status status = is_packed(launch, machine, &packed);
+  if (status.code == 0 && !packed) {
+    machine.packed = {};
+    status = pack_launch(launch, machine, &machine.packed);
+  }
+  for (Table& table : machine.packed.tables) {
+    if (status.code != 0) break;
+    pack_numbers(launch, on_device, rule_infos()[launch.rule], &table);
+    status = place(&table, machine);
+  }
+  if (status.code != 0) machine.packed = {};
+  return status;
 }
 
 inline Status run_step(const Launch& launch, const OnDevice& on_device, Machine& machine,
                        int* launches) {
-  std::vector<Table> tables;
   *launches = 0;
-  Status status = make_tables(launch, on_device, machine, &tables);
-  for (size_t i = 0; status.code == 0 && i < tables.size(); i++)
-    status = machine.start(launch.rule, false, tables[i], launches);
+  Status status = make_tables(launch, on_device, machine);
+  for (const Table& table : machine.packed.tables)
+    if (status.code == 0) status = machine.start(launch.rule, false, table, launches);
   return status;
 }
 
 // The kernels of one table after those of another, so that all may use the same tile sums.
 inline Status run_measure(const Launch& launch, const OnDevice& on_device, bool updates,
                           double* tile_sums, Machine& machine, int* launches) {
-  std::vector<Table> tables;
   *launches = 0;
   if (rule_infos()[launch.rule].sums == 0) return {kInvalidValue, "the rule measures nothing"};
-  Status status = make_tables(launch, on_device, machine, &tables);
-  for (size_t i = 0; status.code == 0 && i < tables.size(); i++) {
-    tables[i].header.tile_sums = tile_sums;
-    tables[i].header.updates = updates;
-    status = machine.start(launch.rule, true, tables[i], launches);
+  Status status = make_tables(launch, on_device, machine);
+  for (Table& table : machine.packed.tables) {
+    table.header.tile_sums = tile_sums;
+    table.header.updates = updates;
+    if (status.code == 0) status = machine.start(launch.rule, true, table, launches);
   }
   return status;
 }

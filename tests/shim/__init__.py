@@ -56,12 +56,16 @@ class Launch(ctypes.Structure):
         ("first_block", ctypes.c_int64),
         *((key, ctypes.c_int32) for key in ("measures", "updates")),
         *((key, ctypes.c_void_p) for key in ("tile_sums", "tensor_scalars")),
+        ("generation", ctypes.c_uint64),
     )
 
 
 class Result(ctypes.Structure):
     _fields_ = (
-        *((k, ctypes.c_int32) for k in ("code", "launches", "uploads", "large", "own_kernels")),
+        *(
+            (k, ctypes.c_int32)
+            for k in ("code", "launches", "uploads", "large", "own_kernels", "kept")
+        ),
         *((k, ctypes.c_int64) for k in ("blocks", "strays", "misaligned", "vectors", "scalars")),
     )
 

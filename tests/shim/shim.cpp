@@ -41,10 +41,11 @@ struct ShimLaunch {
   int64_t first_block;               // blocks before it are left out
   int32_t measures, updates;         // a measuring pass; whether the update follows
   double *tile_sums, *tensor_scalars;
+  uint64_t generation;
 };
 
 struct ShimResult {
-  int32_t code, launches, uploads, large, own_kernels;
+  int32_t code, launches, uploads, large, own_kernels, kept;
   int64_t blocks, strays, misaligned, vectors, scalars;
 };
 }
@@ -231,11 +232,19 @@ __attribute__((visibility("default"))) void shim_run(const ShimLaunch* given, Sh
   on_device.lr = given->lr;
   on_device.lr_dtype = reinterpret_cast<const DType*>(given->lr_dtype);
   on_device.tensor_scalars = given->tensor_scalars;
+  launch.generation = given->generation;
+  // A machine that goes on from step to step.
+  static Packed packed;
   Shim shim(*given, result);
+  shim.packed = std::move(packed);
+  bool kept = false;
+  result->code |= is_packed(launch, shim, &kept).code;
+  result->kept = kept;
   const Status status = given->measures ? run_measure(launch, on_device, given->updates,
                                                       given->tile_sums, shim, &result->launches)
                                         : run_step(launch, on_device, shim, &result->launches);
   result->code |= status.code;
+  packed = std::move(shim.packed);
   result->strays = memory.strays;
   result->misaligned = memory.misaligned;
   result->vectors = memory.vectors;
