@@ -179,7 +179,8 @@ def page(everything: list[Results]) -> str:
         "# Results",
         "",
         "Made by `python -m bench.summary` from the CSV files beside it; nothing is typed by hand.",
-        "Other bars of the issues are tests: `make test`.",
+        "Other bars of the issues are tests: `make test`. What was expected, and what surprised: "
+        "[notes.md](notes.md).",
         "",
         "## Bars",
         "",
