@@ -332,6 +332,7 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   read_hyper(grad_multiplier);
   read_state(state);
   tensor_scalars_.clear();
+  measures_in_run_ = false;
 #ifdef FUSED_MOMENTUM_CUDA
   cuda_scalars_.clear();
 #endif

@@ -165,6 +165,7 @@ class Plan {
   int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;
   void append_needed();
+  void make_scratch(const Launch& launch);
   std::vector<int64_t> positions_of(const py::list& subset) const;
   template <class F>
   void with_launch(F&& f);
@@ -212,6 +213,7 @@ class Plan {
   double multiplier_ = 1;
   // What the measuring pass of this step has found, per segment; empty: there was none.
   std::vector<double> tensor_scalars_, tile_sums_;
+  bool measures_in_run_ = false;
   // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
   std::vector<const void*> lr_;
   std::vector<DType> lr_dtype_;

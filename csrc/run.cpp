@@ -65,16 +65,28 @@ void Plan::with_launch(F&& f) {
   f(launch);
 }
 
+void Plan::make_scratch(const Launch& launch) {
+  tile_sums_.resize(launch.tile_ends[launch.segment_count - 1] * info_.sums);
+  tensor_scalars_.resize(launch.segment_count * info_.tensor_scalars);
+}
+
 void Plan::measure(bool updates) {
+  // Where every step measures, nobody asks for the numbers between the two passes.
+  measures_in_run_ = updates && !info_.settles;
+  if (measures_in_run_) return;
   with_launch([&](const Launch& launch) {
-    tile_sums_.resize(launch.tile_ends[launch.segment_count - 1] * info_.sums);
-    tensor_scalars_.resize(launch.segment_count * info_.tensor_scalars);
+    make_scratch(launch);
     measure_cpu(launch, updates, tile_sums_.data(), tensor_scalars_.data());
   });
 }
 
 void Plan::run() {
-  with_launch([](const Launch& launch) { run_cpu(launch); });
+  with_launch([&](const Launch& launch) {
+    if (!measures_in_run_) return run_cpu(launch);
+    make_scratch(launch);
+    measure_and_run_cpu(launch, tile_sums_.data(), tensor_scalars_.data());
+  });
+  measures_in_run_ = false;
   finish();
   if (!info_.settles) return;
   std::vector<double>().swap(tensor_scalars_);  // few steps measure

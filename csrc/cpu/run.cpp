@@ -112,4 +112,27 @@ void measure_cpu(const Launch& launch, bool updates, double* tile_sums, double* 
   });
 }
 
+void measure_and_run_cpu(const Launch& launch, double* tile_sums, double* tensor_scalars) {
+  const int stride = rule_infos()[launch.rule].tensor_scalars;
+  // For each thread as many elements as are worth one: with up to seven streams under 1 MiB.
+  const int64_t resident = kElementsPerThread * at::get_num_threads();
+  std::vector<int64_t> tile_ends(launch.segment_count);
+  for (int64_t begin = 0, end = 0; begin < launch.segment_count; begin = end) {
+    Launch part = launch;
+    part.segments += begin;
+    part.tile_ends = tile_ends.data();
+    int64_t elements = 0, tiles = 0;
+    for (; end < launch.segment_count; end++) {
+      const int64_t numel = launch.segments[end].numel;
+      if (end > begin && elements + numel > resident) break;
+      elements += numel;
+      tile_ends[end - begin] = tiles += tiles_of(numel);
+    }
+    part.segment_count = end - begin;
+    measure_cpu(part, true, tile_sums, tensor_scalars + begin * stride);
+    part.tensor_scalars = tensor_scalars + begin * stride;
+    run_cpu(part);
+  }
+}
+
 }  // namespace fused_momentum
