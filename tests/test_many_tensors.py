@@ -1,0 +1,177 @@
+"""What only many tensors, or large ones, show: the walk and the passes on several threads."""
+
+import pytest
+import torch
+from cases import EXTENSION, bits, compiled
+from torch.nn import Parameter
+
+import fused_momentum as fm
+
+THREADS = pytest.mark.parametrize("threads", [1, 2, 3])
+COUNT = 1700  # more than three threads' share of csrc/plan.h, kTensorsPerThread
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def made(cls, shapes, backend, **settings):
+    """An optimizer over parameters that are the same for every back-end."""
+    maker = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(shape, generator=maker)) for shape in shapes]
+    return cls(params, lr=0.1, backend=backend, **settings)
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def give_grads(optimizer, step):
+    maker = torch.Generator().manual_seed(step + 1)
+    for p in params_of(optimizer):
+        p.grad = torch.randn(p.shape, generator=maker)
+
+
+def same(optimizer, other):
+    for p, q in zip(params_of(optimizer), params_of(other), strict=True):
+        assert torch.equal(bits(p), bits(q))
+        mine, others = optimizer.state[p], other.state[q]
+        assert mine.keys() == others.keys()
+        assert all(torch.equal(bits(mine[key]), bits(others[key])) for key in mine)
+
+
+# --- many ------------------------------------------------------------------------------------
+# What happens to one tensor in ten, at another tenth each time.
+
+
+def nothing(optimizer, p):
+    pass
+
+
+def no_grad(optimizer, p):
+    p.grad = None
+
+
+def moved(optimizer, p):
+    p.data = p.data.clone()
+
+
+def another_shape_in_memory(optimizer, p):
+    p.data = torch.stack([p.data, p.data], -1)[..., 0]
+
+
+def another_state(optimizer, p):
+    optimizer.state[p]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"] * 2
+
+
+def state_moved(optimizer, p):
+    optimizer.state[p]["momentum_buffer"].data = optimizer.state[p]["momentum_buffer"].data * 3
+
+
+def state_last(optimizer, p):
+    optimizer.state[p] = dict(reversed(optimizer.state[p].items()))
+
+
+def state_lost(optimizer, p):
+    del optimizer.state[p]["momentum_buffer"]
+
+
+EVENTS = [nothing, no_grad, moved, another_shape_in_memory, another_state, state_moved, state_last]
+EVENTS += [state_lost, nothing]
+
+
+@THREADS
+@compiled
+@pytest.mark.parametrize("cls", [fm.FusedSGD, fm.FusedSGDSaI])
+def test_what_becomes_of_a_few_of_many_is_noticed(cls, backend, threads):
+    torch.set_num_threads(threads)
+    shapes = [(i % 5 + 1, 2) for i in range(COUNT)]
+    optimizer, truth = (made(cls, shapes, b, momentum=0.5) for b in (backend, "reference"))
+    for step, event in enumerate(EVENTS):
+        for each in (optimizer, truth):
+            give_grads(each, step)
+            if step > 0:
+                for p in params_of(each)[step::10]:
+                    event(each, p)
+            each.step()
+        same(optimizer, truth)
+
+
+@THREADS
+def test_versions_and_moves_are_counted_once(threads):
+    torch.set_num_threads(threads)
+    optimizer = made(fm.FusedSGD, [(3,)] * COUNT, "cpu", momentum=0.5)
+    give_grads(optimizer, 0)
+    optimizer.step()
+    before = [p._version for p in params_of(optimizer)]
+    plan, walk = optimizer._plan, optimizer._plan._walks["cpu"]
+    moves, generation = plan.moves, walk.generation
+    optimizer.step()
+    assert [p._version for p in params_of(optimizer)] == [v + 1 for v in before]
+    assert (plan.moves, walk.generation) == (moves, generation)
+    for p in params_of(optimizer)[::10]:
+        p.data = p.data.clone()
+    optimizer.step()
+    assert plan.moves == moves + COUNT // 10
+    assert walk.generation > generation
+
+
+@pytest.mark.parametrize("at", [0, COUNT // 2, COUNT - 1])
+def test_an_error_among_many_changes_nothing(at):
+    torch.set_num_threads(3)
+    optimizer = made(fm.FusedSGD, [(3,)] * COUNT, "cpu", momentum=0.5)
+    give_grads(optimizer, 0)
+    optimizer.step()
+    params = params_of(optimizer)
+    before = [p.detach().clone() for p in params]
+    params[at].grad_dtype = None
+    params[at].grad = torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=rf"\['params'\]\[{at}\]"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+# --- large -----------------------------------------------------------------------------------
+
+TILE = EXTENSION.TILE
+# Around what csrc/cpu/run.cpp measures at a time (32 Ki elements a thread); one has none.
+SIZES = [(40 * TILE + 3,), (5,), (0,), (31 * TILE,), (TILE,), (1,), (64 * TILE + 1,), (2 * TILE,)]
+
+
+@THREADS
+@compiled
+@pytest.mark.parametrize("numerator", range(5))
+def test_autosgm_measures_a_few_tensors_at_a_time(numerator, backend, threads):
+    torch.set_num_threads(threads)
+    settings = {"lr_cfg": (True, 0.01, numerator)}
+    optimizer, truth = (made(fm.FusedAutoSGM, SIZES, b, **settings) for b in (backend, "reference"))
+    for step in range(3):
+        for each in (optimizer, truth):
+            give_grads(each, step)
+            each.step()
+        same(optimizer, truth)
+
+
+@THREADS
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_last_tile_and_the_ones_before_it(dtype, backend, threads):
+    """They are updated in other portions: kAhead in csrc/cpu/pass.h."""
+    torch.set_num_threads(threads)
+    results = []
+    numels = [1, 127, 128, 129, TILE - 1, TILE, TILE + 1, TILE + 127, TILE + 129, 2 * TILE]
+    numels += [3 * TILE + 5, 90 * TILE + 77]
+    for name in (backend, "reference"):
+        optimizer = made(fm.FusedSGD, [(n,) for n in numels], name, momentum=0.5, weight_decay=0.1)
+        for p in params_of(optimizer):
+            p.data = p.data.to(dtype)
+        for step in range(2):
+            maker = torch.Generator().manual_seed(step + 1)
+            for p in params_of(optimizer):
+                p.grad = torch.randn(p.shape, generator=maker).to(dtype)
+            optimizer.step()
+        results.append(optimizer)
+    same(*results)
