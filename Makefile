@@ -41,8 +41,9 @@ ifneq ($(LINKED),$(CURDIR))
 .PHONY: $(INSTALLED)
 endif
 
+# On all processors where pytest-xdist is there.
 test: $(EXTENSION)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $$($(PY) -c "import xdist; print('-n auto')" 2> /dev/null) $(PYTEST_ARGS)
 
 bench: $(EXTENSION)
 	$(PY) -m bench.run $(BENCH_ARGS)
