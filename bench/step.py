@@ -214,13 +214,21 @@ def first_step(entry: Entry, race: Race, made: bool = False) -> float | str:
     for _ in range(3):
         optimizer = maker(entry.provider, race.backend)(entry.arena.params)
         if made:
-            optimizer.zero_grad()
-            optimizer.initialise()
-            for param, grad in zip(entry.arena.params, entry.arena.grads, strict=True):
-                param.grad = grad
+            make_states(optimizer, entry.arena)
         with contextlib.redirect_stdout(io.StringIO()):
             times.append(clock_of(race.device).time(optimizer.step)[1])
     return median(times)
+
+
+def make_states(optimizer, arena: Arena) -> None:
+    """Have an optimizer make the states of parameters that will have gradients, but have none."""
+    for param in arena.params:
+        param.grad = None
+        param.requires_grad_()
+    optimizer.initialise()
+    for param, grad in zip(arena.params, arena.grads, strict=True):
+        param.grad = grad
+        param.requires_grad_(False)
 
 
 def ratios(entry: Entry, racing: dict, ours: str) -> dict:

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
-#include <mutex>
 
 namespace fused_momentum {
 namespace {
@@ -220,26 +219,23 @@ inline Plan::Found Plan::check(int64_t position) {
   return param_moved ? Found::param_moved : grad_moved ? Found::grad_moved : Found::same;
 }
 
-// Checks every tensor of this step; returns those that must be read anew.
-std::vector<int64_t> Plan::check_all() {
-  std::vector<int64_t> changed;
-  std::mutex mutex;
+// Checks every tensor of this step, and marks those that must be read anew.
+void Plan::check_all() {
+  changed_.assign(entries_.size(), 0);
   std::atomic<int64_t> moves{0};
   std::atomic<bool> moved{false};
   for_each_chosen_in_threads([&](int64_t position) {
     const Found found = check(position);
     if (found == Found::same) return;
     if (found == Found::changed) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      return changed.push_back(position);
+      changed_[position] = 1;
+      return;
     }
     if (found == Found::param_moved) moves++;
     if (!moved.load(std::memory_order_relaxed)) moved.store(true, std::memory_order_relaxed);
   });
   moves_ += moves;
   generation_ += moved;
-  std::sort(changed.begin(), changed.end());
-  return changed;
 }
 
 // Looks up what the tensor keeps under key k; returns whether all that is needed is there.
@@ -347,7 +343,10 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
       generation_ += segments_[position].row != before;
     });
   Todo todo;
-  for (int64_t position : check_all()) read_entry(position, &todo);
+  check_all();
+  for_each_chosen([&](int64_t position) {
+    if (changed_[position]) read_entry(position, &todo);
+  });
   if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;
   return todo;
 }
@@ -362,7 +361,8 @@ int64_t Plan::bytes() const {
   };
   int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(segments_) +
                   bytes_of(tile_ends_) + bytes_of(state_items_) + bytes_of(position_of_) +
-                  bytes_of(steps_) + bytes_of(tensor_scalars_) + bytes_of(tile_sums_);
+                  bytes_of(steps_) + bytes_of(changed_) + bytes_of(tensor_scalars_) +
+                  bytes_of(tile_sums_);
   total += int64_t(layouts_.size()) * (sizeof(Layout) + 64);  // and a node of the map
   return total;
 }

@@ -151,7 +151,7 @@ class Plan {
   bool read_device_lr(PyObject* dict, size_t row);
   void read_state(const py::dict& state);
   int row_of(int64_t position);
-  std::vector<int64_t> check_all();
+  void check_all();
   enum class Found { same, grad_moved, param_moved, changed };
   Found check(int64_t position);
   bool has_its_states(int64_t position) const;
@@ -214,6 +214,7 @@ class Plan {
   // What the measuring pass of this step has found, per segment; empty: there was none.
   std::vector<double> tensor_scalars_, tile_sums_;
   bool measures_in_run_ = false;
+  std::vector<uint8_t> changed_;  // per entry, whether it must be read anew
   // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
   std::vector<const void*> lr_;
   std::vector<DType> lr_dtype_;

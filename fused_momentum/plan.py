@@ -37,6 +37,9 @@ class Amp(NamedTuple):
         return ctypes.c_float(1.0 / self.grad_scale.item()).value
 
 
+NO_AMP = Amp()
+
+
 class Watch:
     """Finds out, without waiting for a device, which tensors have nothing left to measure."""
 
@@ -216,7 +219,7 @@ class Plan:
                 begin = self.make_states([(param, groups[i]) for param, i in lacking], state)
                 first[device_type] = list(itertools.compress(found.missing, begin))
         self._settled = not made
-        amp = Amp() if waits else amp
+        amp = NO_AMP if waits else amp
         if self.rule.measure is not None:
             self._measure(updates, amp, made)
         if updates:
@@ -254,14 +257,12 @@ class Plan:
     def _read(self, groups, state, params, grad_multiplier, first) -> dict[str, Any]:
         """Bring every walk up to date; what they lack, by kind of device."""
         while True:
-            found = {
-                device_type: walk.read(
-                    groups, state, params, grad_multiplier, first.get(device_type, ())
-                )
-                for device_type, walk in self._walks.items()
-            }
-            lacking = {device_type: todo for device_type, todo in found.items() if todo}
-            new = {other for todo in lacking.values() for other in todo.devices}
+            lacking = {}
+            for device_type, walk in self._walks.items():
+                begin = first.get(device_type, ())
+                if todo := walk.read(groups, state, params, grad_multiplier, begin):
+                    lacking[device_type] = todo
+            new = {other for todo in lacking.values() for other in todo.devices} if lacking else ()
             if not new:
                 return lacking
             for device_type in sorted(new):

@@ -12,11 +12,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import flat
 from ..backends import check_request, choose
-from ..plan import Amp, Plan
+from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
 from ..states import make_states, names_of
-
-NO_AMP = Amp()
 
 
 class Options(NamedTuple):
