@@ -276,13 +276,19 @@ def test_budget_refuses_a_case_for_ours_and_only_a_peer_for_a_peer():
     assert "needs about 500 s" in budget.too_long(both, shapes, 1)
 
 
-def test_budget_refuses_to_compile_for_long_and_learns_how_long_that_is():
+def test_budget_refuses_to_compile_for_long_and_learns_how_long_that_is(monkeypatch):
     budget, compiled = Budget(seconds=100.0, cases=2), SGD_PEERS[COMPILED]
     shapes = [(10,)] * 300
     assert "needs about 30 s for compiling, of 25 s" in budget.refuse(compiled, shapes, 1)
-    with budget.compiling(compiled, shapes):
+    assert budget.refuse(compiled, shapes[:200], 1) == ""
+    with budget.compiling(compiled, shapes[:1]):  # from a cache
         pass
-    assert budget.refuse(compiled, shapes, 1) == ""
+    assert budget.refuse(compiled, shapes, 1) != ""
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr("bench.budget.time.monotonic", lambda: next(clock))
+    with budget.compiling(compiled, shapes[:100]):
+        pass
+    assert "needs about 20 s for compiling, of 5 s" in budget.refuse(compiled, shapes[:100], 1)
 
 
 @pytest.mark.parametrize(
