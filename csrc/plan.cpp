@@ -338,6 +338,7 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   if (!read_row_.is_none())
     for_each_chosen([&](int64_t position) {
+      if (!grad_of(THPVariable_Unpack(entries_[position].param.ptr())).defined()) return;
       const int32_t before = segments_[position].row;
       segments_[position].row = row_of(position);
       generation_ += segments_[position].row != before;

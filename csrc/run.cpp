@@ -86,7 +86,6 @@ void Plan::run() {
     make_scratch(launch);
     measure_and_run_cpu(launch, tile_sums_.data(), tensor_scalars_.data());
   });
-  measures_in_run_ = false;
   finish();
   if (!info_.settles) return;
   std::vector<double>().swap(tensor_scalars_);  // few steps measure

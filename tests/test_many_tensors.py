@@ -2,20 +2,18 @@
 
 import pytest
 import torch
-from cases import EXTENSION, bits, compiled
+from cases import (
+    EXTENSION,
+    bits,
+    compiled,
+    one_thread,  # noqa: F401  brings back the number of threads that a test has changed
+)
 from torch.nn import Parameter
 
 import fused_momentum as fm
 
 THREADS = pytest.mark.parametrize("threads", [1, 2, 3])
 COUNT = 1700  # more than three threads' share of csrc/plan.h, kTensorsPerThread
-
-
-@pytest.fixture(autouse=True)
-def threads_of_torch():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def made(cls, shapes, backend, **settings):
@@ -175,3 +173,12 @@ def test_the_last_tile_and_the_ones_before_it(dtype, backend, threads):
             optimizer.step()
         results.append(optimizer)
     same(*results)
+
+
+def test_a_frozen_parameter_needs_no_row_of_hyper_parameters():
+    """AutoSGM's are worked out in Python for each step that some tensor takes."""
+    optimizer = made(fm.FusedAutoSGM, [(3,), (4,)], "cpu")
+    params_of(optimizer)[0].grad = torch.ones(3)
+    for _ in range(3):
+        optimizer.step()
+    assert len(optimizer._plan._walks["cpu"].hyper()) == 1

@@ -96,7 +96,6 @@ struct autosgm : Elementwise {
       return {&S::smoothed, &S::averaged, &S::correlated, &S::clipped};
     }
 
-    // How many of the sums are used.
     template <class S>
     FM_RULE int sums(const S& s) {
       return s.averaged != 0 ? 1 : 2;

@@ -35,7 +35,7 @@ struct sgd_sai : Elementwise {
     p = s.decay * p - s.rate * d;
   }
 
-  struct Measure {
+  struct Measure : NoSwitches {
     static constexpr int kSums = 2;
     // Whether `settled` depends on the kept numbers, else on the hyper-parameters alone.
     static constexpr bool kSettles = true;
@@ -44,11 +44,6 @@ struct sgd_sai : Elementwise {
     template <class S>
     FM_RULE unsigned reads(const S&) {
       return 2;  // g
-    }
-
-    template <class S>
-    static constexpr std::array<float S::*, 0> switches(S*) {
-      return {};
     }
 
     template <class S>

@@ -14,8 +14,16 @@ namespace fused_momentum {
 
 using std::sqrt;
 
+// Of a pass: scalars that are 0 or 1. A CPU has a loop for each setting of them.
+struct NoSwitches {
+  template <class Scalars>
+  static constexpr std::array<float Scalars::*, 0> switches(Scalars*) {
+    return {};
+  }
+};
+
 // What a rule has, unless it says otherwise.
-struct Elementwise {
+struct Elementwise : NoSwitches {
   // kHyper hyper-parameters, kTensor scalars per tensor, kStates states; kKept numbers per tensor,
   // stored as Kept, that begin as `initial` says.
   static constexpr int kTensor = 1, kKept = 0;
@@ -28,17 +36,12 @@ struct Elementwise {
     return ~0u;
   }
   static constexpr unsigned kWrites = ~0u;
-  // Scalars of `update` that are 0 or 1: a CPU has a loop for each setting of them.
-  template <class Scalars>
-  static constexpr std::array<float Scalars::*, 0> switches(Scalars*) {
-    return {};
-  }
   // The pass before the update, or void.
   using Measure = void;
 };
 
 // Every rule has a name, kHyper, kStates; Scalars<T>; derive (float64 in, each scalar rounded once
 // to T); update (elementwise). A Measure has kSums, kSettles, kWrites, reads, terms, settle and
-// settled: see rules/table.py.
+// settled: see rules/table.py. And switches, and how many of its sums are used: `sums`.
 
 }  // namespace fused_momentum
