@@ -121,6 +121,8 @@ def host_line(results: Results) -> Figure:
     slopes = {row["provider"]: row["ns_per_unit"] for row in rows}
     lines = "; ".join(f"{name}: {slope:.0f} ns a tensor" for name, slope in slopes.items())
     text = f"{microseconds(got)} of {microseconds(allowed)} µs at {worst['tensors']:,} tensors"
+    missed = [row["tensors"] for row in rows if row["us_p50"] > host_bar(row["tensors"])]
+    text += f", missed from {min(missed):,} on" if missed else ""
     return f"{text} ({lines})", got <= allowed
 
 

@@ -19,12 +19,21 @@ TEXT = {"device", "python", "torch", "cuda", "triton", "fused_momentum", "commit
 
 
 def device_name(device: torch.device) -> str:
-    """Marketing name of the processor or GPU."""
+    """Marketing name of the processor or GPU; with numbers where a processor's name has none."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    found = cpuinfo.exists() and re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return processor_name(cpuinfo.read_text() if cpuinfo.exists() else "")
+
+
+def processor_name(cpuinfo: str) -> str:
+    """The name in a /proc/cpuinfo. Virtual machines hide the model in it: then its numbers too."""
+    lines = r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$"
+    found = dict(re.findall(lines, cpuinfo, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or "model" not in found:
+        return name
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def slug(name: str) -> str:

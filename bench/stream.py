@@ -11,15 +11,16 @@ import os
 import shlex
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from bench.timing import Contestant
+from bench.timing import Contestant, nothing
 
 NUMEL = 2**25  # 128 MiB a buffer: several times an ordinary last-level cache
-PASSES = 3  # of the C loop, so that starting the threads is nothing beside it
+PASSES = 3  # calls of the C loop in a step, so that starting the threads is nothing beside them
 
 
 def compiled():
@@ -34,8 +35,13 @@ def compiled():
         except (OSError, subprocess.CalledProcessError):
             return None
         function = ctypes.CDLL(str(library)).stream
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long]
     return function
+
+
+def wait_for_threads() -> None:
+    """OpenMP's threads, of the contestant before, wait for work on processors that we need."""
+    time.sleep(0.01)
 
 
 class Stream:
@@ -44,12 +50,13 @@ class Stream:
     def __init__(self, device: torch.device):
         self.buffers = [torch.ones(NUMEL, device=device) for _ in range(3)]
         self.function = None if device.type == "cuda" else compiled()
+        self.prepare = nothing if self.function is None else wait_for_threads
         way = self._by_triton if device.type == "cuda" else self._by_c
         self.bytes, self.how, self.step = way() or self._by_torch()
 
     def contestant(self) -> Contestant:
         """To be timed in the rounds of a case, so that its rate is that of the same minutes."""
-        return Contestant(("stream",), self.step)
+        return Contestant(("stream",), self.step, self.prepare)
 
     def _by_triton(self) -> tuple | None:
         """One launch over the buffers."""
@@ -60,19 +67,26 @@ class Stream:
         return 5 * 4 * NUMEL, "Triton kernel", lambda: stream(*self.buffers)
 
     def _by_c(self) -> tuple | None:
-        """Each thread streams through its own part several times; ctypes lets go of the GIL."""
+        """Each thread streams through its own part several times; ctypes lets go of the GIL.
+
+        A call a pass: of several passes in one call, a compiler may make one over the memory.
+        """
         if self.function is None:
             return None
         threads = torch.get_num_threads()
         parts = [buffer.chunk(threads) for buffer in self.buffers]
         calls = [
-            (*(tensor.data_ptr() for tensor in part), part[0].numel(), PASSES)
+            (*(tensor.data_ptr() for tensor in part), part[0].numel())
             for part in zip(*parts, strict=True)
         ]
         pool = ThreadPoolExecutor(threads)
 
+        def passes(call: tuple) -> None:
+            for _ in range(PASSES):
+                self.function(*call)
+
         def step() -> None:
-            list(pool.map(lambda call: self.function(*call), calls))
+            list(pool.map(passes, calls))
 
         return PASSES * 5 * 4 * NUMEL, "C loop", step
 

@@ -8,30 +8,46 @@
 namespace fused_momentum {
 namespace {
 
-// Changes whenever a tensor's dtype, kind of device, shape or strides do.
-inline uint64_t key_of(const at::Tensor& tensor) {
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  // The dispatch keys tell device, layout, subclass and lazy conjugation apart.
-  uint64_t key = (impl->key_set().raw_repr() << 8 ^ uint64_t(impl->dtype().toScalarType())) << 1;
-  const auto sizes = impl->sizes(), strides = impl->strides();
-  for (size_t d = 0; d < sizes.size(); d++) {
-    key = (key ^ uint64_t(sizes[d])) * 0x9e3779b97f4a7c15u;
-    key = (key ^ (key >> 31) ^ uint64_t(strides[d])) * 0xd6e8feb86659fd93u;
-  }
+constexpr uint64_t kMix = 0x9e3779b97f4a7c15u;
+
+// The dispatch keys tell device, layout, subclass and lazy conjugation apart.
+inline uint64_t kind_of(const c10::TensorImpl* impl) {
+  return impl->key_set().raw_repr() << 8 ^ uint64_t(impl->dtype().toScalarType());
+}
+
+inline uint64_t with_numbers(uint64_t key, c10::IntArrayRef numbers) {
+  for (const int64_t number : numbers) key = (key ^ (key >> 31) ^ uint64_t(number)) * kMix;
   return key;
 }
 
-// Of a parameter and its gradient; neither 0 nor 1, which mean something else.
-inline uint64_t key_of(const at::Tensor& param, const at::Tensor& grad) {
-  return (key_of(param) * 0x9e3779b97f4a7c15u ^ key_of(grad)) | 2;
+[[gnu::noinline]] uint64_t with_layouts(uint64_t key, const c10::TensorImpl* param,
+                                        const c10::TensorImpl* grad) {
+  for (const auto& numbers : {param->strides(), grad->sizes(), grad->strides()})
+    key = with_numbers(key + 1, numbers);
+  return key;
+}
+
+// Changes whenever dtype, kind of device, shape or memory order of a parameter or its gradient do.
+// Neither 0 nor 1, which mean something else.
+[[gnu::always_inline]] inline uint64_t key_of(const c10::TensorImpl* param,
+                                              const c10::TensorImpl* grad) {
+  const c10::IntArrayRef sizes = param->sizes(), grad_sizes = grad->sizes();
+  // Contiguous and of one shape, as most are: that shape is all there is to tell.
+  bool alike = param->is_contiguous() && grad->is_contiguous() && sizes.size() == grad_sizes.size();
+  uint64_t key = (kind_of(param) * kMix ^ kind_of(grad)) * kMix;
+  for (size_t d = 0; d < sizes.size(); d++) {
+    key = (key ^ (key >> 31) ^ uint64_t(sizes[d])) * kMix;
+    alike = alike && sizes[d] == grad_sizes[d];
+  }
+  return (alike ? key : with_layouts(key, param, grad)) | 2;
 }
 
 // param.grad without its virtual calls, and without its warning for tensors that are no leaves.
-inline const at::Tensor& grad_of(const at::Tensor& param) {
-  static const at::Tensor none;
+// nullptr: there is none.
+inline const at::Tensor* grad_of(const at::Tensor& param) {
   const auto* meta =
       static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
-  return meta ? meta->grad_ : none;
+  return meta && meta->grad_.defined() ? &meta->grad_ : nullptr;
 }
 
 // Where the elements of a strided tensor begin: data_ptr() without its virtual calls.
@@ -169,73 +185,94 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
     todo->devices.push_back(name);
 }
 
-// Whether state[param] still holds the tensors that the segment points into. They are made in the
-// order of the keys, so a walk through the dict meets them without a look-up; it may be read by
-// several threads, as it changes not so much as a reference count.
-inline bool Plan::has_its_states(int64_t position) const {
-  const Entry& entry = entries_[position];
-  const Segment& segment = segments_[position];
-  const py::object* states = states_.data() + position * state_keys_.size();
-  PyObject *key = nullptr, *value = nullptr;
-  Py_ssize_t at = 0;
-  for (size_t k = 0; k < state_keys_.size(); k++) {
-    PyObject* known = states[k].ptr();
-    if ((needed_[segment.row] >> k & 1) != (known != nullptr)) return false;
-    if (known == nullptr) continue;
-    if (entry.state == nullptr) return false;
-    for (bool again = false; key != state_names_[k].ptr();) {
-      if (PyDict_Next(entry.state, &at, &key, &value)) continue;
-      if (again) return false;
-      again = true;
-      at = 0;
+// What the check of a tensor looks at, read once for many of them.
+struct Plan::Known {
+  const Entry* entries;
+  Segment* segments;
+  const uint32_t* needed;
+  const py::object *states, *state_names, *steps;  // steps: nullptr where none are counted
+  int keys, states_of_rule, kept_itemsize;
+
+  explicit Known(Plan* plan)
+      : entries(plan->entries_.data()),
+        segments(plan->segments_.data()),
+        needed(plan->needed_.data()),
+        states(plan->states_.data()),
+        state_names(plan->state_names_.data()),
+        steps(plan->read_row_.is_none() ? nullptr : plan->steps_.data()),
+        keys(int(plan->state_keys_.size())),
+        states_of_rule(plan->info_.states),
+        kept_itemsize(itemsize_of(plan->info_.kept_dtype)) {}
+
+  // Whether state[param] still holds the tensors that the segment points into. They are made in the
+  // order of the keys, so a walk through the dict meets them without a look-up; it may be read by
+  // several threads, as it changes not so much as a reference count.
+  inline bool has_its_states(int64_t position) const {
+    const Entry& entry = entries[position];
+    const Segment& segment = segments[position];
+    if (entry.held != needed[segment.row]) return false;
+    if (entry.held != 0 && entry.state == nullptr) return false;
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t at = 0;
+    for (int k = 0; k < keys; k++) {
+      if ((entry.held >> k & 1) == 0) continue;
+      for (bool again = false; key != state_names[k].ptr();) {
+        if (PyDict_Next(entry.state, &at, &key, &value)) continue;
+        if (again) return false;
+        again = true;
+        at = 0;
+      }
+      if (value != states[position * keys + k].ptr()) return false;
+      const bool is_state = k < states_of_rule;
+      const void* data = is_state ? segment.data[2 + k] : segment.kept[k - states_of_rule];
+      const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
+      if (data != nullptr &&
+          data != address_of(THPVariable_Unpack(value).unsafeGetTensorImpl(), itemsize, true))
+        return false;
     }
-    if (value != known) return false;
-    const bool is_state = int(k) < info_.states;
-    const void* data = is_state ? segment.data[2 + k] : segment.kept[k - info_.states];
-    const int itemsize = is_state ? entry.itemsize[2 + k] : itemsize_of(info_.kept_dtype);
-    if (data != nullptr &&
-        data != address_of(THPVariable_Unpack(known).unsafeGetTensorImpl(), itemsize, true))
-      return false;
+    return steps == nullptr || steps[position];
   }
-  return read_row_.is_none() || steps_[position];
-}
 
-// How a tensor compares with what is known of it; addresses are brought up to date. Several threads
-// do this while the caller holds the GIL, so it may read Python's objects and nothing more.
-inline Plan::Found Plan::check(int64_t position) {
-  const Entry& entry = entries_[position];
-  Segment& segment = segments_[position];
-  const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
-  const at::Tensor& grad = grad_of(param);
-  if (!grad.defined()) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
-  if (entry.key != key_of(param, grad) || !has_its_states(position)) return Found::changed;
-  if (segment.numel == 0) return Found::same;
-  void* p = address_of(param.unsafeGetTensorImpl(), entry.itemsize[0], true);
-  void* g = address_of(grad.unsafeGetTensorImpl(), entry.itemsize[1], false);
-  // What is not written stays in the caches of all threads.
-  const bool param_moved = segment.data[0] != p, grad_moved = segment.data[1] != g;
-  if (param_moved) segment.data[0] = p;
-  if (grad_moved) segment.data[1] = g;
-  return param_moved ? Found::param_moved : grad_moved ? Found::grad_moved : Found::same;
-}
+  // How a tensor compares with what is known of it; addresses are brought up to date. Several
+  // threads do this while the caller holds the GIL, so it may read Python's objects and nothing
+  // more.
+  inline Found check(int64_t position) const {
+    const Entry& entry = entries[position];
+    Segment& segment = segments[position];
+    const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
+    const at::Tensor* const found = grad_of(param);
+    if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
+    const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
+    if (entry.key != key_of(impl, grad) || !has_its_states(position)) return Found::changed;
+    if (segment.numel == 0) return Found::same;
+    void* p = address_of(impl, entry.itemsize[0], true);
+    void* g = address_of(grad, entry.itemsize[1], false);
+    // What is not written stays in the caches of all threads.
+    const bool param_moved = segment.data[0] != p, grad_moved = segment.data[1] != g;
+    if (param_moved) segment.data[0] = p;
+    if (grad_moved) segment.data[1] = g;
+    return param_moved ? Found::param_moved : grad_moved ? Found::grad_moved : Found::same;
+  }
+};
 
-// Checks every tensor of this step, and marks those that must be read anew.
-void Plan::check_all() {
+// Checks every tensor of this step, and marks those that must be read anew; returns whether any is.
+bool Plan::check_all() {
   changed_.assign(entries_.size(), 0);
-  std::atomic<int64_t> moves{0};
-  std::atomic<bool> moved{false};
-  for_each_chosen_in_threads([&](int64_t position) {
-    const Found found = check(position);
+  std::atomic<int64_t> moves{0}, moved{0}, changed{0};
+  for_each_chosen_in_threads([&, known = Known(this)](int64_t position) {
+    const Found found = known.check(position);
     if (found == Found::same) return;
     if (found == Found::changed) {
       changed_[position] = 1;
+      changed.store(1, std::memory_order_relaxed);
       return;
     }
     if (found == Found::param_moved) moves++;
-    if (!moved.load(std::memory_order_relaxed)) moved.store(true, std::memory_order_relaxed);
+    if (!moved.load(std::memory_order_relaxed)) moved.store(1, std::memory_order_relaxed);
   });
   moves_ += moves;
   generation_ += moved;
+  return changed != 0;
 }
 
 // Looks up what the tensor keeps under key k; returns whether all that is needed is there.
@@ -246,6 +283,7 @@ bool Plan::find_state(int64_t position, size_t k) {
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
+  entries_[position].held |= uint32_t(found != nullptr) << k;
   states_[position * state_keys_.size() + k] = py::reinterpret_borrow<py::object>(found);
   return !needed || found != nullptr;
 }
@@ -254,19 +292,21 @@ bool Plan::find_state(int64_t position, size_t k) {
 void Plan::read_entry(int64_t position, Todo* todo) {
   Entry& entry = entries_[position];
   const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
-  const at::Tensor& grad = grad_of(param);
-  if (!grad.defined() || param.device().type() != device_type_) {
-    if (grad.defined()) meet(param.device().type(), todo);
+  const at::Tensor* const found = grad_of(param);
+  if (!found || param.device().type() != device_type_) {
+    if (found) meet(param.device().type(), todo);
     return sit_out(position);
   }
+  const at::Tensor& grad = *found;
   bool has_states = read_row_.is_none() || steps_[position];
+  entry.held = 0;
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
   entry.key = 0;
   const bool lazy = grad.is_conj() || grad.is_neg();
   if (lazy) resolved_.push_back(grad.resolve_conj().resolve_neg());
   const void* before = segments_[position].data[0];
   prepare(position, param, lazy ? resolved_.back() : grad);
-  entry.key = lazy ? 1 : key_of(param, grad);
+  entry.key = lazy ? 1 : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl());
   moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
 }
@@ -338,16 +378,16 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
   if (!read_row_.is_none())
     for_each_chosen([&](int64_t position) {
-      if (!grad_of(THPVariable_Unpack(entries_[position].param.ptr())).defined()) return;
+      if (!grad_of(THPVariable_Unpack(entries_[position].param.ptr()))) return;
       const int32_t before = segments_[position].row;
       segments_[position].row = row_of(position);
       generation_ += segments_[position].row != before;
     });
   Todo todo;
-  check_all();
-  for_each_chosen([&](int64_t position) {
-    if (changed_[position]) read_entry(position, &todo);
-  });
+  if (check_all())
+    for_each_chosen([&](int64_t position) {
+      if (changed_[position]) read_entry(position, &todo);
+    });
   if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;
   return todo;
 }

@@ -137,9 +137,11 @@ class Plan {
     PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
     // Of the parameter and its gradient. 0: takes no part; 1: is read anew at each step.
     uint64_t key = 0;
+    uint32_t held = 0;  // bit k: something was found under state key k
     uint8_t itemsize[kMaxStreams] = {};
     bool settled = false;
   };
+  struct Known;
   struct Row {
     int group;
     int64_t t;
@@ -151,10 +153,8 @@ class Plan {
   bool read_device_lr(PyObject* dict, size_t row);
   void read_state(const py::dict& state);
   int row_of(int64_t position);
-  void check_all();
   enum class Found { same, grad_moved, param_moved, changed };
-  Found check(int64_t position);
-  bool has_its_states(int64_t position) const;
+  bool check_all();
   void read_entry(int64_t position, Todo* todo);
   bool find_state(int64_t position, size_t k);
   void sit_out(int64_t position);
@@ -171,7 +171,6 @@ class Plan {
   void with_launch(F&& f);
   Launch describe_launch(const std::vector<Segment>& segments,
                          const std::vector<int64_t>& tile_ends) const;
-  void finish(int64_t position, std::atomic<bool>* began);
   template <class F>
   void for_each_chosen(F&& f) const;
   // The same, on the CPU by several threads where there are many; f may not call Python.
@@ -252,7 +251,9 @@ void Plan::for_each_chosen_in_threads(F&& f) const {
   // Beside a GPU the processors have other work, and a thread that waits for one costs more.
   const int64_t grain = device_type_ == at::kCPU ? kTensorsPerThread : std::max<int64_t>(count, 1);
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f(all_ ? i : chosen_[i]);
+    const auto here = f;  // a copy: the compiler sees that nothing changes what it holds
+    const int64_t* chosen = all_ ? nullptr : chosen_.data();
+    for (int64_t i = begin; i < end; i++) here(chosen ? chosen[i] : i);
   });
 }
 

@@ -94,7 +94,19 @@ void Plan::run() {
 
 void Plan::finish() {
   std::atomic<bool> began{false};
-  for_each_chosen_in_threads([&](int64_t position) { finish(position, &began); });
+  const Entry* entries = entries_.data();
+  Segment* segments = segments_.data();
+  const py::object* steps = steps_.empty() ? nullptr : steps_.data();
+  for_each_chosen_in_threads([entries, segments, steps, &began](int64_t position) {
+    if (entries[position].key == 0) return;
+    const at::Tensor& param = THPVariable_Unpack(entries[position].param.ptr());
+    if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+    if (segments[position].first) {
+      segments[position].first = false;
+      began.store(true, std::memory_order_relaxed);
+    }
+    if (steps) *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
+  });
   generation_ += began;
 }
 
@@ -127,17 +139,6 @@ Launch Plan::describe_launch(const std::vector<Segment>& segments,
   if (!tensor_scalars_.empty()) launch.tensor_scalars = tensor_scalars_.data();
   launch.generation = generation_;
   return launch;
-}
-
-void Plan::finish(int64_t position, std::atomic<bool>* began) {
-  if (entries_[position].key == 0) return;
-  const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
-  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-  if (segments_[position].first) {
-    segments_[position].first = false;
-    began->store(true, std::memory_order_relaxed);
-  }
-  if (!steps_.empty()) *THPVariable_Unpack(steps_[position].ptr()).mutable_data_ptr<float>() += 1;
 }
 
 }  // namespace fused_momentum

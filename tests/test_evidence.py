@@ -69,6 +69,21 @@ def test_figures_are_drawn_from_the_csv_files_alone(copied):
     assert drawn == {path.name for path in (RESULTS / copied.name).glob("*.png")}
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "model name\t: AMD EPYC\ncpu family\t: 23\nmodel\t\t: 49\n",
+            "AMD EPYC (family 23, model 49)",
+        ),
+        ("cpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon 8488C\n", "Xeon 8488C"),
+    ],
+)
+def test_two_processors_have_two_names(cpuinfo, name):
+    assert records.processor_name(cpuinfo) == name
+    assert records.processor_name("") not in ("", name)
+
+
 def test_a_hash_of_digits_stays_text(tmp_path):
     records.write(tmp_path / "t.csv", [{"x": 0.123456, "commit": "12345e6789", "cuda": "13.0"}], {})
     (row,) = records.read(tmp_path / "t.csv")

@@ -31,8 +31,7 @@ struct bf16 {
   static inline uint16_t store(float x) {
     const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return uint16_t(is_nan ? 0x7fc0 : rounded);
+    return uint16_t(x != x ? 0x7fc0 : rounded);
   }
 };
 

@@ -6,7 +6,7 @@
 
 // Elements that a pass keeps in the first-level cache while it converts them.
 constexpr int kBlock = 512;
-constexpr int kAhead = 128;  // elements that are asked for at a time
+constexpr int64_t kAhead = 128;  // elements that are asked for at a time
 
 template <class T, size_t>
 using Repeat = T;  // a T for each number of a pack
@@ -58,54 +58,70 @@ __attribute__((always_inline)) inline void with_switches(Scalars scalars, F&& f)
   }
 }
 
-// Asks for elements [begin, end) of a segment.
-template <class Rule>
+// Asks for elements [begin, end) of a segment that is stored as P, G, S.
+template <class P, class G, class S, size_t... I>
 __attribute__((always_inline)) inline void prefetch(const Segment& segment, int64_t begin,
-                                                    int64_t end, unsigned streams) {
+                                                    int64_t end, unsigned streams,
+                                                    std::index_sequence<I...>) {
+  using p_t = typename P::storage;
+  using g_t = typename G::storage;
+  using s_t = typename S::storage;
+  const auto* p = static_cast<const p_t*>(segment.data[0]);
+  const auto* g = static_cast<const g_t*>(segment.data[streams & 2 ? 1 : 0]);
+  const s_t* states[] = {
+      static_cast<const s_t*>(segment.data[streams >> (2 + I) & 1 ? 2 + I : 0])..., nullptr};
   if (end > segment.numel) end = segment.numel;
-  for (int s = 0; s < 2 + Rule::kStates; s++) {
-    if ((streams >> s & 1) == 0) continue;
-    const char* data = static_cast<const char*>(segment.data[s]);
-    const int itemsize = itemsize_of(segment.dtype[s]);
-    for (int64_t at = begin * itemsize; at < end * itemsize; at += 64)
-      __builtin_prefetch(data + at);
+  constexpr int64_t step = 64 / sizeof(s_t);  // a cache line; no stream is wider than the states
+  for (int64_t i = begin; i < end; i += step) {
+    __builtin_prefetch(p + i);
+    __builtin_prefetch(g + i);
+    (__builtin_prefetch(states[I] + i), ...);
   }
 }
 
-// Updates elements [begin, begin + n) where they lie, if the segment is contiguous, has the streams
-// that are needed, and stores them as P, G, S. Returns whether it was so.
+// The dtype of stream s of a segment that is stored as P, G, S.
+template <class P, class G, class S>
+constexpr DType dtype_of(int s) {
+  return s == 0 ? P::dtype : s == 1 ? G::dtype : S::dtype;
+}
+
+// Whether a segment is contiguous, has the streams that are needed, and stores them as P, G, S.
+template <class P, class G, class S>
+inline bool is_stored_as(const Segment& segment, int count, unsigned streams) {
+  if (segment.layout != nullptr) return false;
+  for (int s = 0; s < count; s++)
+    if ((streams >> s & 1) != 0 &&
+        (segment.data[s] == nullptr || segment.dtype[s] != dtype_of<P, G, S>(s)))
+      return false;
+  return true;
+}
+
+// Updates elements [begin, end) of a segment where they lie, stored as P, G, S.
 //
 // Hardware prefetchers follow a stream, but stop at the end of a page and know nothing of the next
 // tensor: while the last elements are updated, as many of `next` are asked for.
 template <class Rule, class T, class P, class G, class S>
-inline bool update_in_place(const Segment& segment, const Segment& next, int64_t begin, int64_t n,
-                            T grad_multiplier, const typename Rule::template Scalars<T>& scalars) {
+__attribute__((always_inline)) inline void update_in_place(
+    const Segment& segment, const Segment& next, int64_t begin, int64_t end, T grad_multiplier,
+    const typename Rule::template Scalars<T>& scalars, unsigned streams) {
   constexpr int count = 2 + Rule::kStates;
-  constexpr DType stored[] = {P::dtype, G::dtype, S::dtype};
-  const unsigned streams = needed<Rule, Rule>(scalars);
-  if (segment.layout != nullptr) return false;
-  for (int s = 0; s < count; s++)
-    if ((streams >> s & 1) != 0 &&
-        (segment.data[s] == nullptr || segment.dtype[s] != stored[s < 2 ? s : 2]))
-      return false;
-  const int64_t end = begin + n, last = n < kTile ? n : kTile;
-  const int64_t near = (end - last + kAhead - 1) / kAhead * kAhead;
+  constexpr std::make_index_sequence<Rule::kStates> states;
+  const int64_t last = end - begin < kTile ? end - begin : kTile;
+  const int64_t near = (end - last + kAhead - 1) & -kAhead;
   while (begin < end) {
     int64_t size = near - begin;
     if (size <= 0) {
-      prefetch<Rule>(next, begin - near, begin - near + kAhead, streams);
+      prefetch<P, G, S>(next, begin - near, begin - near + kAhead, streams, states);
       size = end - begin < kAhead ? end - begin : kAhead;
     }
     void* at[count];
     for (int s = 0; s < count; s++)
-      at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(stored[s < 2 ? s : 2]);
+      at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(dtype_of<P, G, S>(s));
     with_switches<Rule>(scalars, [&](const auto& s) __attribute__((always_inline)) {
-      update<Rule, T, P, G, S>(at, size, grad_multiplier, s,
-                               std::make_index_sequence<Rule::kStates>{});
+      update<Rule, T, P, G, S>(at, size, grad_multiplier, s, states);
     });
     begin += size;
   }
-  return true;
 }
 
 // Elements [begin, begin + n) of a segment as values of type T, n <= kSize: where they lie, or
@@ -157,36 +173,66 @@ struct Numbers {
   }
 };
 
+// The scalars of a tensor; derived anew only where they may differ from those of the one before.
 template <class Rule, class T>
-void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end) {
-  const Segment& segment = launch.segments[i];
-  const Segment& next = launch.segments[i + 1 < launch.segment_count ? i + 1 : i];
-  const Numbers<Rule> numbers(launch, i);
-  const auto scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
-  const T multiplier = T(launch.grad_multiplier[segment.row]);
-  const int64_t size = end - begin;
-  if constexpr (sizeof(T) == 8) {
-    if (update_in_place<Rule, T, f64, f64, f64>(segment, next, begin, size, multiplier, scalars))
-      return;
-  } else {  // what training uses; anything else is converted block by block
-    if (update_in_place<Rule, T, f32, f32, f32>(segment, next, begin, size, multiplier, scalars) ||
-        update_in_place<Rule, T, bf16, bf16, f32>(segment, next, begin, size, multiplier,
-                                                  scalars) ||
-        update_in_place<Rule, T, bf16, bf16, bf16>(segment, next, begin, size, multiplier, scalars))
-      return;
+struct Derived {
+  typename Rule::template Scalars<T> scalars;
+  T grad_multiplier;
+  unsigned streams;
+  int64_t of = -1;
+
+  inline void derive(const Launch& launch, int64_t i) {
+    const Segment& segment = launch.segments[i];
+    const int64_t now = int64_t(segment.row) << 1 | segment.first;
+    if (Rule::kKept == 0 && launch.tensor_scalars == nullptr && of == now) return;
+    of = now;
+    const Numbers<Rule> numbers(launch, i);
+    scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
+    grad_multiplier = T(launch.grad_multiplier[segment.row]);
+    streams = needed<Rule, Rule>(scalars);
   }
-  const unsigned streams = needed<Rule, Rule>(scalars);
-  prefetch<Rule>(next, 0, kAhead, streams);
+};
+
+// Updates elements [begin, end) of a segment, whatever it is, block by block.
+template <class Rule, class T>
+__attribute__((noinline)) void update_blocks(const Segment& segment, int64_t begin, int64_t end,
+                                             const Derived<Rule, T>& derived) {
   constexpr unsigned written = 1 | Rule::kWrites << 2;  // gradients are never modified
   Values<Rule, T, kBlock> values;
   using Native = typename decltype(values)::Native;
   for (; begin < end; begin += kBlock) {
     const int n = end - begin < kBlock ? int(end - begin) : kBlock;
-    values.read(segment, begin, n, streams);
-    update<Rule, T, Native, Native, Native>(values.at, n, multiplier, scalars,
+    values.read(segment, begin, n, derived.streams);
+    update<Rule, T, Native, Native, Native>(values.at, n, derived.grad_multiplier, derived.scalars,
                                             std::make_index_sequence<Rule::kStates>{});
-    values.write(segment, begin, n, streams & written);
+    values.write(segment, begin, n, derived.streams & written);
   }
+}
+
+// What training uses is updated where it lies.
+template <class Rule, class T>
+inline void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end,
+                        Derived<Rule, T>* derived) {
+  const Segment& segment = launch.segments[i];
+  const Segment& next = launch.segments[i + 1 < launch.segment_count ? i + 1 : i];
+  derived->derive(launch, i);
+  const auto in_place = [&](auto p, auto g, auto s) __attribute__((always_inline)) {
+    using P = decltype(p);
+    using G = decltype(g);
+    using S = decltype(s);
+    if (!is_stored_as<P, G, S>(segment, 2 + Rule::kStates, derived->streams)) return false;
+    update_in_place<Rule, T, P, G, S>(segment, next, begin, end, derived->grad_multiplier,
+                                      derived->scalars, derived->streams);
+    return true;
+  };
+  if constexpr (sizeof(T) == 8) {
+    if (in_place(f64{}, f64{}, f64{})) return;
+  } else {
+    if (in_place(f32{}, f32{}, f32{}) || in_place(bf16{}, bf16{}, f32{}) ||
+        in_place(bf16{}, bf16{}, bf16{}))
+      return;
+  }
+  update_blocks(segment, begin, end, *derived);
 }
 
 // The terms of n elements; the states are written in place.
@@ -231,7 +277,7 @@ inline double halve(const double* x) {
 }
 
 template <class Rule, class T>
-void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile_end,
+void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t tile, int64_t tile_end,
                      double* tile_sums) {
   using Measure = typename Rule::Measure;
   const Segment& segment = launch.segments[i];
@@ -241,8 +287,8 @@ void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile
   const T multiplier = T(launch.grad_multiplier[segment.row]);
   const unsigned streams = needed<Rule, Measure>(scalars);
   const int sums = Measure::sums(scalars);
-  const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
   const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
+  constexpr std::make_index_sequence<Rule::kStates> states;
   Values<Rule, T, kTile> values;
   alignas(64) double terms[Measure::kSums][kTile];
   for (; tile < tile_end; tile++) {
@@ -250,10 +296,11 @@ void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile
     const int n = segment.numel - begin < kTile ? int(segment.numel - begin) : kTile;
     values.read(segment, begin, n, streams);
     for (int done = 0; done < n; done += kAhead) {
-      prefetch<Rule>(segment, begin + done + kTile, begin + done + kTile + kAhead, streams);
+      const int64_t ahead = begin + done + kTile;
+      prefetch<f32, f32, f32>(segment, ahead, ahead + kAhead, streams, states);
       with_switches<Measure>(scalars, [&](const auto& s) __attribute__((always_inline)) {
-        find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : done + kAhead, multiplier, s,
-                            terms, std::make_index_sequence<Rule::kStates>{});
+        find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : int(done + kAhead), multiplier, s,
+                            terms, states);
       });
     }
     values.write(segment, begin, n, streams & Measure::kWrites << 2);
@@ -264,38 +311,41 @@ void measure_segment(const Launch& launch, int64_t i, int64_t tile, int64_t tile
   }
 }
 
-// Calls f(segment, first tile, end) for the part of each segment that lies in [tile, tile_end).
+// Calls f(segment, its first tile, tile, end) for the part of each segment in [tile, tile_end).
 template <class F>
-inline void for_each_part(const Launch& launch, int64_t tile, int64_t tile_end, F&& f) {
+__attribute__((always_inline)) inline void for_each_part(const Launch& launch, int64_t tile,
+                                                         int64_t tile_end, F&& f) {
   int64_t i = segment_of(launch.tile_ends, launch.segment_count, tile);
+  int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
   for (; tile < tile_end; i++) {
-    const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
-    const int64_t last = launch.tile_ends[i] < tile_end ? launch.tile_ends[i] : tile_end;
-    if (first == launch.tile_ends[i]) continue;
-    f(i, tile, last);
-    tile = last;
+    const int64_t end = launch.tile_ends[i];
+    if (first != end) f(i, first, tile, end < tile_end ? end : tile_end);
+    first = tile = end;
   }
 }
 
 template <class Rule>
 void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
-  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t tile, int64_t last) {
+  Derived<Rule, float> in_float;
+  Derived<Rule, double> in_double;
+  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t first, int64_t tile, int64_t last) {
     const Segment& segment = launch.segments[i];
-    const int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
     const int64_t begin = (tile - first) * kTile;
-    const int64_t end = (last - first) * kTile;
-    const auto run =
-        segment.dtype[0] == DType::f64 ? run_segment<Rule, double> : run_segment<Rule, float>;
-    run(launch, i, begin, end < segment.numel ? end : segment.numel);
+    const int64_t whole = (last - first) * kTile;
+    const int64_t end = whole < segment.numel ? whole : segment.numel;
+    if (segment.dtype[0] == DType::f64)
+      run_segment(launch, i, begin, end, &in_double);
+    else
+      run_segment(launch, i, begin, end, &in_float);
   });
 }
 
 template <class Rule>
 void measure_rule(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
-  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t tile, int64_t last) {
+  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t first, int64_t tile, int64_t last) {
     const auto measure = launch.segments[i].dtype[0] == DType::f64 ? measure_segment<Rule, double>
                                                                    : measure_segment<Rule, float>;
-    measure(launch, i, tile, last, tile_sums);
+    measure(launch, i, first, tile, last, tile_sums);
   });
 }
 
