@@ -109,20 +109,17 @@ def allocations(results: Results) -> Figure:
 
 def host_line(results: Results) -> Figure:
     """The tightest point of 15 us + 30 ns a tensor, gradients new at each step or not."""
-    rows = [
-        row
-        for row in results.rows("size", sweep="one element each")
-        if row["provider"].startswith(OURS)
-    ]
+    sweep = results.rows("size", sweep="one element each")
+    rows = [row for row in sweep if row["provider"].startswith(OURS)]
     if not rows:
         return None
     worst = max(rows, key=lambda row: row["us_p50"] / host_bar(row["tensors"]))
     allowed, got = host_bar(worst["tensors"]), worst["us_p50"]
     slopes = {row["provider"]: row["ns_per_unit"] for row in rows}
     lines = "; ".join(f"{name}: {slope:.0f} ns a tensor" for name, slope in slopes.items())
-    text = f"{microseconds(got)} of {microseconds(allowed)} µs at {worst['tensors']:,} tensors"
     missed = [row["tensors"] for row in rows if row["us_p50"] > host_bar(row["tensors"])]
-    text += f", missed from {min(missed):,} on" if missed else ""
+    lines += f"; missed from {min(missed):,} on" if missed else ""
+    text = f"{microseconds(got)} of {microseconds(allowed)} µs at {worst['tensors']:,} tensors"
     return f"{text} ({lines})", got <= allowed
 
 

@@ -1,61 +1,13 @@
 #include "plan.h"
 
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 
+#include "peek.h"
+
 namespace fused_momentum {
 namespace {
-
-constexpr uint64_t kMix = 0x9e3779b97f4a7c15u;
-
-// The dispatch keys tell device, layout, subclass and lazy conjugation apart.
-inline uint64_t kind_of(const c10::TensorImpl* impl) {
-  return impl->key_set().raw_repr() << 8 ^ uint64_t(impl->dtype().toScalarType());
-}
-
-inline uint64_t with_numbers(uint64_t key, c10::IntArrayRef numbers) {
-  for (const int64_t number : numbers) key = (key ^ (key >> 31) ^ uint64_t(number)) * kMix;
-  return key;
-}
-
-[[gnu::noinline]] uint64_t with_layouts(uint64_t key, const c10::TensorImpl* param,
-                                        const c10::TensorImpl* grad) {
-  for (const auto& numbers : {param->strides(), grad->sizes(), grad->strides()})
-    key = with_numbers(key + 1, numbers);
-  return key;
-}
-
-// Changes whenever dtype, kind of device, shape or memory order of a parameter or its gradient do.
-// Neither 0 nor 1, which mean something else.
-[[gnu::always_inline]] inline uint64_t key_of(const c10::TensorImpl* param,
-                                              const c10::TensorImpl* grad) {
-  const c10::IntArrayRef sizes = param->sizes(), grad_sizes = grad->sizes();
-  // Contiguous and of one shape, as most are: that shape is all there is to tell.
-  bool alike = param->is_contiguous() && grad->is_contiguous() && sizes.size() == grad_sizes.size();
-  uint64_t key = (kind_of(param) * kMix ^ kind_of(grad)) * kMix;
-  for (size_t d = 0; d < sizes.size(); d++) {
-    key = (key ^ (key >> 31) ^ uint64_t(sizes[d])) * kMix;
-    alike = alike && sizes[d] == grad_sizes[d];
-  }
-  return (alike ? key : with_layouts(key, param, grad)) | 2;
-}
-
-// param.grad without its virtual calls, and without its warning for tensors that are no leaves.
-// nullptr: there is none.
-inline const at::Tensor* grad_of(const at::Tensor& param) {
-  const auto* meta =
-      static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
-  return meta && meta->grad_.defined() ? &meta->grad_ : nullptr;
-}
-
-// Where the elements of a strided tensor begin: data_ptr() without its virtual calls.
-inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
-  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
-  return static_cast<char*>(data) + impl->storage_offset() * itemsize;
-}
 
 // Keys are interned, as those in the dicts are: a look-up then compares addresses, not letters.
 py::object interned(const std::string& name) {
@@ -210,12 +162,11 @@ struct Plan::Known {
   inline bool has_its_states(int64_t position) const {
     const Entry& entry = entries[position];
     const Segment& segment = segments[position];
-    if (entry.held != needed[segment.row]) return false;
-    if (entry.held != 0 && entry.state == nullptr) return false;
+    if (entry.state == nullptr && needed[segment.row] != 0) return false;
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
     for (int k = 0; k < keys; k++) {
-      if ((entry.held >> k & 1) == 0) continue;
+      if ((needed[segment.row] >> k & 1) == 0) continue;
       for (bool again = false; key != state_names[k].ptr();) {
         if (PyDict_Next(entry.state, &at, &key, &value)) continue;
         if (again) return false;
@@ -243,7 +194,8 @@ struct Plan::Known {
     const at::Tensor* const found = grad_of(param);
     if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
     const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
-    if (entry.key != key_of(impl, grad) || !has_its_states(position)) return Found::changed;
+    if (entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
+      return Found::changed;
     if (segment.numel == 0) return Found::same;
     void* p = address_of(impl, entry.itemsize[0], true);
     void* g = address_of(grad, entry.itemsize[1], false);
@@ -283,7 +235,6 @@ bool Plan::find_state(int64_t position, size_t k) {
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-  entries_[position].held |= uint32_t(found != nullptr) << k;
   states_[position * state_keys_.size() + k] = py::reinterpret_borrow<py::object>(found);
   return !needed || found != nullptr;
 }
@@ -299,16 +250,18 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   }
   const at::Tensor& grad = *found;
   bool has_states = read_row_.is_none() || steps_[position];
-  entry.held = 0;
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
   entry.key = 0;
   const bool lazy = grad.is_conj() || grad.is_neg();
   if (lazy) resolved_.push_back(grad.resolve_conj().resolve_neg());
   const void* before = segments_[position].data[0];
   prepare(position, param, lazy ? resolved_.back() : grad);
-  entry.key = lazy ? 1 : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl());
   moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
+  const uint32_t needed = needed_[segments_[position].row];
+  entry.key = lazy || !has_states
+                  ? 1
+                  : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(), needed);
 }
 
 void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {

@@ -135,9 +135,8 @@ class Plan {
   struct Entry {
     py::object param;
     PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
-    // Of the parameter and its gradient. 0: takes no part; 1: is read anew at each step.
+    // See key_of. 0: takes no part; 1: is read anew at each step.
     uint64_t key = 0;
-    uint32_t held = 0;  // bit k: something was found under state key k
     uint8_t itemsize[kMaxStreams] = {};
     bool settled = false;
   };

@@ -299,8 +299,8 @@ void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t til
       const int64_t ahead = begin + done + kTile;
       prefetch<f32, f32, f32>(segment, ahead, ahead + kAhead, streams, states);
       with_switches<Measure>(scalars, [&](const auto& s) __attribute__((always_inline)) {
-        find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : int(done + kAhead), multiplier, s,
-                            terms, states);
+        find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : int(done + kAhead), multiplier,
+                            s, terms, states);
       });
     }
     values.write(segment, begin, n, streams & Measure::kWrites << 2);

@@ -1,0 +1,56 @@
+// What the plan looks at in torch's tensors at every step, without virtual calls.
+#pragma once
+
+#include <torch/csrc/autograd/variable.h>
+
+namespace fused_momentum {
+
+// param.grad, without its warning for tensors that are no leaves; nullptr: there is none.
+inline const at::Tensor* grad_of(const at::Tensor& param) {
+  const auto* meta =
+      static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
+  return meta && meta->grad_.defined() ? &meta->grad_ : nullptr;
+}
+
+// Where the elements of a strided tensor begin.
+inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
+  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
+  return static_cast<char*>(data) + impl->storage_offset() * itemsize;
+}
+
+inline uint64_t mix(uint64_t key, uint64_t number) {
+  return (key ^ (key >> 31) ^ number) * 0x9e3779b97f4a7c15u;
+}
+
+// The dispatch keys tell device, layout, subclass and lazy conjugation apart.
+inline uint64_t kind_of(const c10::TensorImpl* impl) {
+  return impl->key_set().raw_repr() << 8 ^ uint64_t(impl->dtype().toScalarType());
+}
+
+[[gnu::noinline]] inline uint64_t with_layouts(uint64_t key, const c10::TensorImpl* param,
+                                               const c10::TensorImpl* grad) {
+  for (const auto& numbers : {param->strides(), grad->sizes(), grad->strides()}) {
+    key = mix(key, numbers.size());
+    for (const int64_t number : numbers) key = mix(key, uint64_t(number));
+  }
+  return key;
+}
+
+// Changes whenever dtype, kind of device, shape or memory order of a parameter or its gradient do,
+// or which states are needed. Neither 0 nor 1.
+[[gnu::always_inline]] inline uint64_t key_of(const c10::TensorImpl* param,
+                                              const c10::TensorImpl* grad, uint32_t states) {
+  const c10::IntArrayRef sizes = param->sizes(), grad_sizes = grad->sizes();
+  // Contiguous and of one shape, as most are: that shape is all there is to tell.
+  bool alike = param->is_contiguous() && grad->is_contiguous() && sizes.size() == grad_sizes.size();
+  uint64_t key = mix(mix(0, kind_of(param)), kind_of(grad));
+  key = mix(key, uint64_t(states) << 8 | sizes.size());
+  for (size_t d = 0; d < sizes.size(); d++) {
+    key = mix(key, uint64_t(sizes[d]));
+    alike = alike && sizes[d] == grad_sizes[d];
+  }
+  return (alike ? key : with_layouts(key, param, grad)) | 2;
+}
+
+}  // namespace fused_momentum
