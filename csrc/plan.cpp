@@ -259,9 +259,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
   const uint32_t needed = needed_[segments_[position].row];
-  entry.key = lazy || !has_states
-                  ? 1
-                  : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(), needed);
+  entry.key = lazy ? 1 : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(), needed);
 }
 
 void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {

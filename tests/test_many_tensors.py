@@ -132,6 +132,26 @@ def test_an_error_among_many_changes_nothing(at):
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
+@THREADS
+@compiled
+def test_every_tensor_is_updated_with_its_own_settings(backend, threads):
+    """Groups differ, and in each some tensors take their first step later than their neighbours."""
+    torch.set_num_threads(threads)
+    results = []
+    for name in (backend, "reference"):
+        optimizer = made(fm.FusedSGD, [(3,)] * 4, name, momentum=0.5, dampening=0.25)
+        for settings in ({"lr": 0.2}, {"momentum": 0.0}, {"dampening": 0.75}, {"maximize": True}):
+            params = [Parameter(torch.ones(n)) for n in (2, 5, 1, 130)]
+            optimizer.add_param_group({"params": params, **settings})
+        for step in range(3):
+            give_grads(optimizer, step)
+            for p in params_of(optimizer)[1::2] if step == 0 else ():
+                p.grad = None
+            optimizer.step()
+        results.append(optimizer)
+    same(*results)
+
+
 # --- large -----------------------------------------------------------------------------------
 
 TILE = EXTENSION.TILE

@@ -1,5 +1,7 @@
 """The plan is cached between steps, and notices whatever changed in between."""
 
+import weakref
+
 import pytest
 import torch
 from cases import (
@@ -19,7 +21,7 @@ from cases import (
 )
 from torch.nn import Parameter
 
-from fused_momentum import plan
+from fused_momentum import FusedSGD, plan
 
 # --- what is noticed between steps -----------------------------------------------------------
 # An event is done to an optimizer with a plan and to one on the reference, which walks afresh at
@@ -205,6 +207,20 @@ def a_subset_first(run):
 def a_subset_without_gradient(run):
     run.params[1].grad = None
     run.opt.step_params([run.params[2], run.params[1]])
+
+
+@compiled
+def test_a_state_that_is_no_longer_needed_is_let_go(backend):
+    param = Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    opt = FusedSGD([param], lr=0.1, momentum=0.9, backend=backend)
+    opt.step()
+    opt.step()
+    buffer = weakref.ref(opt.state[param]["momentum_buffer"])
+    opt.param_groups[0]["momentum"] = 0.0
+    del opt.state[param]["momentum_buffer"]
+    opt.step()
+    assert buffer() is None
 
 
 def _run(variant, backend):

@@ -115,6 +115,11 @@ STEP_ERRORS = {
         ValueError,
         rf"{BAD}\.grad has shape \[4\], its parameter \[5\]",
     ),
+    "grad_shape_in_place": (
+        lambda t: t.bad.grad.resize_(3),
+        ValueError,
+        rf"{BAD}\.grad has shape \[3\], its parameter \[4\]",
+    ),
     "meta_param": (
         lambda t: t.replace(Parameter(torch.ones(4, device="meta"))),
         (RuntimeError, ValueError),
