@@ -11,21 +11,22 @@ from torch.nn import functional as F
 class Bottleneck(nn.Module):
     """Three convolutions with batch norms, and a shortcut around them."""
 
-    def __init__(self, inputs: int, width: int, stride: int):
+    def __init__(self, inputs: int, width: int, stride: int, activation: type[nn.Module]):
         super().__init__()
         outputs = 4 * width
         self.main = nn.Sequential(
             *conv_norm(inputs, width, 1),
-            nn.ReLU(inplace=True),
+            activation(inplace=True),
             *conv_norm(width, width, 3, stride),
-            nn.ReLU(inplace=True),
+            activation(inplace=True),
             *conv_norm(width, outputs, 1),
         )
+        self.last = activation(inplace=True)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Sequential(*([] if same else conv_norm(inputs, outputs, 1, stride)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.main(x) + self.shortcut(x))
+        return self.last(self.main(x) + self.shortcut(x))
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -34,14 +35,16 @@ def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[n
     return [conv, nn.BatchNorm2d(outputs)]
 
 
-def resnet(width: int = 64, blocks=(3, 4, 6, 3), classes: int = 1000) -> nn.Module:
+def resnet(
+    width: int = 64, blocks=(3, 4, 6, 3), classes: int = 1000, activation=nn.ReLU
+) -> nn.Module:
     """ResNet for images [n, 3, size, size]; the defaults are ResNet-50."""
-    layers = [*conv_norm(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    layers = [*conv_norm(3, width, 7, 2), activation(inplace=True), nn.MaxPool2d(3, 2, 1)]
     inputs = width
     for stage, count in enumerate(blocks):
         for block in range(count):
             stride = 2 if stage > 0 and block == 0 else 1
-            layers.append(Bottleneck(inputs, width * 2**stage, stride))
+            layers.append(Bottleneck(inputs, width * 2**stage, stride, activation))
             inputs = 4 * width * 2**stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
