@@ -58,25 +58,18 @@ __attribute__((always_inline)) inline void with_switches(Scalars scalars, F&& f)
   }
 }
 
-// Asks for elements [begin, end) of a segment that is stored as P, G, S.
-template <class P, class G, class S, size_t... I>
+// Asks for elements [begin, end) of the streams I of a segment that are needed, whose elements have
+// `sizes` bytes; none is wider than T.
+template <class T, size_t... I>
 __attribute__((always_inline)) inline void prefetch(const Segment& segment, int64_t begin,
-                                                    int64_t end, unsigned streams,
+                                                    int64_t end, unsigned streams, const int* sizes,
                                                     std::index_sequence<I...>) {
-  using p_t = typename P::storage;
-  using g_t = typename G::storage;
-  using s_t = typename S::storage;
-  const auto* p = static_cast<const p_t*>(segment.data[0]);
-  const auto* g = static_cast<const g_t*>(segment.data[streams & 2 ? 1 : 0]);
-  const s_t* states[] = {
-      static_cast<const s_t*>(segment.data[streams >> (2 + I) & 1 ? 2 + I : 0])..., nullptr};
+  // In place of one that is not needed: the first line of the gradient, again and again.
+  const char* data[] = {static_cast<const char*>(segment.data[streams >> I & 1 ? I : 1])...};
+  const int64_t size[] = {(streams >> I & 1 ? sizes[I] : 0)...};
   if (end > segment.numel) end = segment.numel;
-  constexpr int64_t step = 64 / sizeof(s_t);  // a cache line; no stream is wider than the states
-  for (int64_t i = begin; i < end; i += step) {
-    __builtin_prefetch(p + i);
-    __builtin_prefetch(g + i);
-    (__builtin_prefetch(states[I] + i), ...);
-  }
+  for (int64_t i = begin; i < end; i += 64 / sizeof(T))
+    (__builtin_prefetch(data[I] + i * size[I]), ...);
 }
 
 // The dtype of stream s of a segment that is stored as P, G, S.
@@ -106,17 +99,19 @@ __attribute__((always_inline)) inline void update_in_place(
     const typename Rule::template Scalars<T>& scalars, unsigned streams) {
   constexpr int count = 2 + Rule::kStates;
   constexpr std::make_index_sequence<Rule::kStates> states;
+  int sizes[count];
+  for (int s = 0; s < count; s++) sizes[s] = itemsize_of(dtype_of<P, G, S>(s));
   const int64_t last = end - begin < kTile ? end - begin : kTile;
   const int64_t near = (end - last + kAhead - 1) & -kAhead;
   while (begin < end) {
     int64_t size = near - begin;
     if (size <= 0) {
-      prefetch<P, G, S>(next, begin - near, begin - near + kAhead, streams, states);
+      prefetch<T>(next, begin - near, begin - near + kAhead, streams | 3, sizes,
+                  std::make_index_sequence<count>{});
       size = end - begin < kAhead ? end - begin : kAhead;
     }
     void* at[count];
-    for (int s = 0; s < count; s++)
-      at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(dtype_of<P, G, S>(s));
+    for (int s = 0; s < count; s++) at[s] = static_cast<char*>(segment.data[s]) + begin * sizes[s];
     with_switches<Rule>(scalars, [&](const auto& s) __attribute__((always_inline)) {
       update<Rule, T, P, G, S>(at, size, grad_multiplier, s, states);
     });
@@ -289,6 +284,8 @@ void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t til
   const int sums = Measure::sums(scalars);
   const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
   constexpr std::make_index_sequence<Rule::kStates> states;
+  int sizes[2 + Rule::kStates];
+  for (int s = 0; s < 2 + Rule::kStates; s++) sizes[s] = itemsize_of(segment.dtype[s]);
   Values<Rule, T, kTile> values;
   alignas(64) double terms[Measure::kSums][kTile];
   for (; tile < tile_end; tile++) {
@@ -297,7 +294,8 @@ void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t til
     values.read(segment, begin, n, streams);
     for (int done = 0; done < n; done += kAhead) {
       const int64_t ahead = begin + done + kTile;
-      prefetch<f32, f32, f32>(segment, ahead, ahead + kAhead, streams, states);
+      prefetch<T>(segment, ahead, ahead + kAhead, streams, sizes,
+                  std::make_index_sequence<2 + Rule::kStates>{});
       with_switches<Measure>(scalars, [&](const auto& s) __attribute__((always_inline)) {
         find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : int(done + kAhead), multiplier,
                             s, terms, states);
