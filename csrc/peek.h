@@ -1,4 +1,4 @@
-// What the plan looks at in torch's tensors at every step, without virtual calls.
+// What the plan looks at in torch's tensors and Python's dicts at every step, without calls.
 #pragma once
 
 #include <torch/csrc/autograd/variable.h>
@@ -10,6 +10,16 @@ inline const at::Tensor* grad_of(const at::Tensor& param) {
   const auto* meta =
       static_cast<torch::autograd::AutogradMeta*>(param.unsafeGetTensorImpl()->autograd_meta());
   return meta && meta->grad_.defined() ? &meta->grad_ : nullptr;
+}
+
+// Grows from each change of any dict to the next, and a dict's is that of its last change. Python 3.12
+// and later do not tell: there it is never less than that of a dict made later.
+inline uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030c0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
 }
 
 // Where the elements of a strided tensor begin.

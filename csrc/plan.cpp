@@ -54,6 +54,7 @@ void Plan::read_groups(const py::list& groups) {
   position_of_.clear();
   segments_.clear();
   state_items_.clear();
+  state_ = nullptr;
   for (const py::handle& item : groups) {
     Group group{py::reinterpret_borrow<py::object>(item), int64_t(entries_.size()), 0};
     for (const py::handle& param : py::list(group.dict[params_key_])) {
@@ -83,6 +84,10 @@ void Plan::read_groups(const py::list& groups) {
 }
 
 void Plan::read_state(const py::dict& state) {
+  if (state.ptr() == state_ && version_of(state_) < state_version_) return;
+  state_ = state.ptr();
+  state_version_ = 0;  // a state[param] that is new there may be an old dict
+  state_is_newer_ = true;
   // The dict keeps its order, so one pass over its items tells whether any state[param] is another.
   bool changed = size_t(PyDict_Size(state.ptr())) != state_items_.size();
   PyObject *key, *value;
@@ -144,6 +149,8 @@ struct Plan::Known {
   const uint32_t* needed;
   const py::object *states, *state_names, *steps;  // steps: nullptr where none are counted
   int keys, states_of_rule, kept_itemsize;
+  uint64_t state_version;
+  std::atomic<bool>* state_is_newer;
 
   explicit Known(Plan* plan)
       : entries(plan->entries_.data()),
@@ -154,31 +161,48 @@ struct Plan::Known {
         steps(plan->read_row_.is_none() ? nullptr : plan->steps_.data()),
         keys(int(plan->state_keys_.size())),
         states_of_rule(plan->info_.states),
-        kept_itemsize(itemsize_of(plan->info_.kept_dtype)) {}
+        kept_itemsize(itemsize_of(plan->info_.kept_dtype)),
+        state_version(plan->state_version_),
+        state_is_newer(&plan->state_is_newer_) {}
 
-  // Whether state[param] still holds the tensors that the segment points into. They are made in the
-  // order of the keys, so a walk through the dict meets them without a look-up; it may be read by
-  // several threads, as it changes not so much as a reference count.
-  inline bool has_its_states(int64_t position) const {
-    const Entry& entry = entries[position];
-    const Segment& segment = segments[position];
-    if (entry.state == nullptr && needed[segment.row] != 0) return false;
+  // Whether state[param] still holds the tensors that were found there. They are made in the order
+  // of the keys, so a walk through the dict meets them without a look-up; it may be read by several
+  // threads, as it changes not so much as a reference count.
+  __attribute__((noinline)) bool holds_its_states(int64_t position) const {
+    state_is_newer->store(true, std::memory_order_relaxed);
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
     for (int k = 0; k < keys; k++) {
-      if ((needed[segment.row] >> k & 1) == 0) continue;
+      if ((needed[segments[position].row] >> k & 1) == 0) continue;
       for (bool again = false; key != state_names[k].ptr();) {
-        if (PyDict_Next(entry.state, &at, &key, &value)) continue;
+        if (PyDict_Next(entries[position].state, &at, &key, &value)) continue;
         if (again) return false;
         again = true;
         at = 0;
       }
       if (value != states[position * keys + k].ptr()) return false;
+    }
+    return true;
+  }
+
+  // Whether it does, and they are where the segment says.
+  inline bool has_its_states(int64_t position) const {
+    const Entry& entry = entries[position];
+    const Segment& segment = segments[position];
+    const uint32_t needed_here = needed[segment.row];
+    if (needed_here != 0) {
+      if (entry.state == nullptr) return false;
+      if (version_of(entry.state) >= state_version && !holds_its_states(position)) return false;
+    }
+    for (int k = 0; k < keys; k++) {
+      if ((needed_here >> k & 1) == 0) continue;
+      const py::object& state = states[position * keys + k];
+      if (!state) return false;
       const bool is_state = k < states_of_rule;
       const void* data = is_state ? segment.data[2 + k] : segment.kept[k - states_of_rule];
       const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
       if (data != nullptr &&
-          data != address_of(THPVariable_Unpack(value).unsafeGetTensorImpl(), itemsize, true))
+          data != address_of(THPVariable_Unpack(state.ptr()).unsafeGetTensorImpl(), itemsize, true))
         return false;
     }
     return steps == nullptr || steps[position];
@@ -339,6 +363,11 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
     for_each_chosen([&](int64_t position) {
       if (changed_[position]) read_entry(position, &todo);
     });
+  // Now all that takes part is known as it is. What a subset has left out is not.
+  if (state_is_newer_ && all_) {
+    state_version_ = version_of(py::dict().ptr());
+    state_is_newer_ = false;
+  }
   if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;
   return todo;
 }

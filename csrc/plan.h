@@ -195,6 +195,10 @@ class Plan {
   std::vector<py::object> steps_;   // per entry, where steps are counted
   std::vector<std::pair<PyObject*, int64_t>> position_of_;  // sorted by address
   std::vector<std::pair<PyObject*, PyObject*>> state_items_;
+  // What a dict holds of the state is known where its version is below this one.
+  uint64_t state_version_ = 0;
+  std::atomic<bool> state_is_newer_{true};  // some dict's was not
+  PyObject* state_ = nullptr;               // the optimizer's dict
 
   // Gradients that were lazily conjugated or negated, made real; alive until the next step.
   std::deque<at::Tensor> resolved_;

@@ -4,6 +4,7 @@
 #ifdef FM_X86_LEVELS
 // What is shared with files that must run on any processor comes before the target is set.
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "../rule_info.h"

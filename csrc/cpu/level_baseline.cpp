@@ -1,5 +1,6 @@
 // The pass for what every processor of the architecture has (SSE2 on x86-64, NEON on Arm).
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "../rule_info.h"

@@ -18,14 +18,40 @@ inline unsigned needed(const Scalars& scalars) {
   return Pass::reads(scalars) & all;
 }
 
+// Calls f with a setting of the pass's switches, as a constant: bit k says that switch k is not 0.
+template <class Pass, unsigned setting = 0, size_t k = 0, class Scalars, class F>
+inline void with_setting(const Scalars& scalars, F&& f) {
+  constexpr auto switches = Pass::switches(static_cast<Scalars*>(nullptr));
+  if constexpr (k == switches.size())
+    f(std::integral_constant<unsigned, setting>{});
+  else if (scalars.*switches[k] != 0)
+    with_setting<Pass, setting | 1u << k, k + 1>(scalars, f);
+  else
+    with_setting<Pass, setting, k + 1>(scalars, f);
+}
+
+// The same scalars; the compiler sees which switches are 0.
+template <class Pass, unsigned setting, size_t k = 0, class Scalars>
+__attribute__((always_inline)) inline Scalars in_setting(Scalars scalars) {
+  constexpr auto switches = Pass::switches(static_cast<Scalars*>(nullptr));
+  if constexpr (k == switches.size()) {
+    return scalars;
+  } else {
+    if (setting >> k & 1) {
+      if (scalars.*switches[k] == 0) __builtin_unreachable();
+    } else {
+      scalars.*switches[k] = 0;
+    }
+    return in_setting<Pass, setting, k + 1>(scalars);
+  }
+}
+
 // The loop: P, G and S are the codecs of the parameter, the gradient and the states. Streams that
 // are not needed have no address.
 template <class Rule, class T, class P, class G, class S, size_t... I>
 __attribute__((always_inline)) inline void update(
     void* const* at, int64_t n, T grad_multiplier,
-    const typename Rule::template Scalars<T>& scalars_in_memory, std::index_sequence<I...>) {
-  // A local copy: the compiler sees that writing the streams cannot change it.
-  const typename Rule::template Scalars<T> scalars = scalars_in_memory;
+    const typename Rule::template Scalars<T>& scalars, std::index_sequence<I...>) {
   const unsigned states = needed<Rule, Rule>(scalars) >> 2, written = states & Rule::kWrites;
   auto* p = static_cast<typename P::storage*>(at[0]);
   const auto* g = static_cast<const typename G::storage*>(at[1]);
@@ -42,22 +68,6 @@ __attribute__((always_inline)) inline void update(
   }
 }
 
-// Calls f with the scalars, in a place of its own for each setting of the pass's switches: the
-// compiler sees them as constants there.
-template <class Pass, size_t k = 0, class Scalars, class F>
-__attribute__((always_inline)) inline void with_switches(Scalars scalars, F&& f) {
-  constexpr auto switches = Pass::switches(static_cast<Scalars*>(nullptr));
-  if constexpr (k == switches.size()) {
-    f(scalars);
-  } else if (scalars.*switches[k] != 0) {
-    scalars.*switches[k] = 1;
-    with_switches<Pass, k + 1>(scalars, f);
-  } else {
-    scalars.*switches[k] = 0;
-    with_switches<Pass, k + 1>(scalars, f);
-  }
-}
-
 // Asks for elements [begin, end) of the streams I of a segment that are needed, whose elements have
 // `sizes` bytes; none is wider than T.
 template <class T, size_t... I>
@@ -70,53 +80,6 @@ __attribute__((always_inline)) inline void prefetch(const Segment& segment, int6
   if (end > segment.numel) end = segment.numel;
   for (int64_t i = begin; i < end; i += 64 / sizeof(T))
     (__builtin_prefetch(data[I] + i * size[I]), ...);
-}
-
-// The dtype of stream s of a segment that is stored as P, G, S.
-template <class P, class G, class S>
-constexpr DType dtype_of(int s) {
-  return s == 0 ? P::dtype : s == 1 ? G::dtype : S::dtype;
-}
-
-// Whether a segment is contiguous, has the streams that are needed, and stores them as P, G, S.
-template <class P, class G, class S>
-inline bool is_stored_as(const Segment& segment, int count, unsigned streams) {
-  if (segment.layout != nullptr) return false;
-  for (int s = 0; s < count; s++)
-    if ((streams >> s & 1) != 0 &&
-        (segment.data[s] == nullptr || segment.dtype[s] != dtype_of<P, G, S>(s)))
-      return false;
-  return true;
-}
-
-// Updates elements [begin, end) of a segment where they lie, stored as P, G, S.
-//
-// Hardware prefetchers follow a stream, but stop at the end of a page and know nothing of the next
-// tensor: while the last elements are updated, as many of `next` are asked for.
-template <class Rule, class T, class P, class G, class S>
-__attribute__((always_inline)) inline void update_in_place(
-    const Segment& segment, const Segment& next, int64_t begin, int64_t end, T grad_multiplier,
-    const typename Rule::template Scalars<T>& scalars, unsigned streams) {
-  constexpr int count = 2 + Rule::kStates;
-  constexpr std::make_index_sequence<Rule::kStates> states;
-  int sizes[count];
-  for (int s = 0; s < count; s++) sizes[s] = itemsize_of(dtype_of<P, G, S>(s));
-  const int64_t last = end - begin < kTile ? end - begin : kTile;
-  const int64_t near = (end - last + kAhead - 1) & -kAhead;
-  while (begin < end) {
-    int64_t size = near - begin;
-    if (size <= 0) {
-      prefetch<T>(next, begin - near, begin - near + kAhead, streams | 3, sizes,
-                  std::make_index_sequence<count>{});
-      size = end - begin < kAhead ? end - begin : kAhead;
-    }
-    void* at[count];
-    for (int s = 0; s < count; s++) at[s] = static_cast<char*>(segment.data[s]) + begin * sizes[s];
-    with_switches<Rule>(scalars, [&](const auto& s) __attribute__((always_inline)) {
-      update<Rule, T, P, G, S>(at, size, grad_multiplier, s, states);
-    });
-    begin += size;
-  }
 }
 
 // Elements [begin, begin + n) of a segment as values of type T, n <= kSize: where they lie, or
@@ -168,75 +131,139 @@ struct Numbers {
   }
 };
 
-// The scalars of a tensor; derived anew only where they may differ from those of the one before.
+// What a tensor is updated with: the scalars, and a loop for its setting of the switches and for the
+// way in which it is stored. `like` is the tensor that they were found for.
 template <class Rule, class T>
-struct Derived {
+struct Update {
+  using Loop = void (*)(const Segment& segment, const Segment& next, int64_t begin, int64_t end,
+                        const Update& with);
   typename Rule::template Scalars<T> scalars;
   T grad_multiplier;
   unsigned streams;
-  int64_t of = -1;
+  Loop loop;
+  const Segment* like = nullptr;
 
-  inline void derive(const Launch& launch, int64_t i) {
-    const Segment& segment = launch.segments[i];
-    const int64_t now = int64_t(segment.row) << 1 | segment.first;
-    if (Rule::kKept == 0 && launch.tensor_scalars == nullptr && of == now) return;
-    of = now;
-    const Numbers<Rule> numbers(launch, i);
-    scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
-    grad_multiplier = T(launch.grad_multiplier[segment.row]);
-    streams = needed<Rule, Rule>(scalars);
+  // Whether they are those of another tensor of the same launch too.
+  inline bool fits(const Launch& launch, const Segment& segment) const {
+    if (Rule::kKept != 0 || launch.tensor_scalars != nullptr || like == nullptr) return false;
+    if (segment.row != like->row || segment.first != like->first ||
+        segment.layout != like->layout ||
+        std::memcmp(segment.dtype, like->dtype, sizeof segment.dtype) != 0)
+      return false;
+    for (int s = 2; s < 2 + Rule::kStates; s++)
+      if ((segment.data[s] == nullptr) != (like->data[s] == nullptr)) return false;
+    return true;
   }
+
+  void find(const Launch& launch, int64_t i);
 };
 
 // Updates elements [begin, end) of a segment, whatever it is, block by block.
 template <class Rule, class T>
-__attribute__((noinline)) void update_blocks(const Segment& segment, int64_t begin, int64_t end,
-                                             const Derived<Rule, T>& derived) {
+__attribute__((noinline)) void update_blocks(const Segment& segment, const Segment&, int64_t begin,
+                                             int64_t end, const Update<Rule, T>& with) {
   constexpr unsigned written = 1 | Rule::kWrites << 2;  // gradients are never modified
   Values<Rule, T, kBlock> values;
   using Native = typename decltype(values)::Native;
   for (; begin < end; begin += kBlock) {
     const int n = end - begin < kBlock ? int(end - begin) : kBlock;
-    values.read(segment, begin, n, derived.streams);
-    update<Rule, T, Native, Native, Native>(values.at, n, derived.grad_multiplier, derived.scalars,
+    values.read(segment, begin, n, with.streams);
+    update<Rule, T, Native, Native, Native>(values.at, n, with.grad_multiplier, with.scalars,
                                             std::make_index_sequence<Rule::kStates>{});
-    values.write(segment, begin, n, derived.streams & written);
+    values.write(segment, begin, n, with.streams & written);
   }
+}
+
+// The dtype of stream s of a segment that is stored as P, G, S.
+template <class P, class G, class S>
+constexpr DType dtype_of(int s) {
+  return s == 0 ? P::dtype : s == 1 ? G::dtype : S::dtype;
+}
+
+// Updates elements [begin, end) of a segment where they lie, stored as P, G, S.
+//
+// Hardware prefetchers follow a stream, but stop at the end of a page and know nothing of the next
+// tensor: while the last elements are updated, as many of `next` are asked for.
+template <class Rule, class T, class P, class G, class S, unsigned setting>
+__attribute__((noinline)) void update_in_place(const Segment& segment, const Segment& next,
+                                               int64_t begin, int64_t end,
+                                               const Update<Rule, T>& with) {
+  constexpr int count = 2 + Rule::kStates;
+  const auto scalars = in_setting<Rule, setting>(with.scalars);
+  const unsigned streams = needed<Rule, Rule>(scalars) | 3;
+  int sizes[count];
+  for (int s = 0; s < count; s++) sizes[s] = itemsize_of(dtype_of<P, G, S>(s));
+  const int64_t last = end - begin < kTile ? end - begin : kTile;
+  const int64_t near = (end - last + kAhead - 1) & -kAhead;
+  while (begin < end) {
+    int64_t size = near - begin;
+    if (size <= 0) {
+      prefetch<T>(next, begin - near, begin - near + kAhead, streams, sizes,
+                  std::make_index_sequence<count>{});
+      size = end - begin < kAhead ? end - begin : kAhead;
+    }
+    void* at[count];
+    for (int s = 0; s < count; s++) at[s] = static_cast<char*>(segment.data[s]) + begin * sizes[s];
+    update<Rule, T, P, G, S>(at, size, with.grad_multiplier, scalars,
+                             std::make_index_sequence<Rule::kStates>{});
+    begin += size;
+  }
+}
+
+// Whether a segment is contiguous, has the streams that are needed, and stores them as P, G, S.
+template <class P, class G, class S>
+inline bool is_stored_as(const Segment& segment, unsigned streams) {
+  for (int s = 0; streams >> s != 0; s++)
+    if ((streams >> s & 1) != 0 &&
+        (segment.data[s] == nullptr || segment.dtype[s] != dtype_of<P, G, S>(s)))
+      return false;
+  return segment.layout == nullptr;
 }
 
 // What training uses is updated where it lies.
 template <class Rule, class T>
-inline void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end,
-                        Derived<Rule, T>* derived) {
+__attribute__((noinline)) void Update<Rule, T>::find(const Launch& launch, int64_t i) {
   const Segment& segment = launch.segments[i];
-  const Segment& next = launch.segments[i + 1 < launch.segment_count ? i + 1 : i];
-  derived->derive(launch, i);
-  const auto in_place = [&](auto p, auto g, auto s) __attribute__((always_inline)) {
+  const Numbers<Rule> numbers(launch, i);
+  scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
+  grad_multiplier = T(launch.grad_multiplier[segment.row]);
+  streams = needed<Rule, Rule>(scalars);
+  like = &segment;
+  loop = update_blocks<Rule, T>;
+  const auto try_in_place = [&](auto p, auto g, auto s) {
     using P = decltype(p);
     using G = decltype(g);
     using S = decltype(s);
-    if (!is_stored_as<P, G, S>(segment, 2 + Rule::kStates, derived->streams)) return false;
-    update_in_place<Rule, T, P, G, S>(segment, next, begin, end, derived->grad_multiplier,
-                                      derived->scalars, derived->streams);
-    return true;
+    if (!is_stored_as<P, G, S>(segment, streams)) return;
+    with_setting<Rule>(
+        scalars, [&](auto setting) { loop = update_in_place<Rule, T, P, G, S, setting.value>; });
   };
   if constexpr (sizeof(T) == 8) {
-    if (in_place(f64{}, f64{}, f64{})) return;
+    try_in_place(f64{}, f64{}, f64{});
   } else {
-    if (in_place(f32{}, f32{}, f32{}) || in_place(bf16{}, bf16{}, f32{}) ||
-        in_place(bf16{}, bf16{}, bf16{}))
-      return;
+    try_in_place(f32{}, f32{}, f32{});
+    try_in_place(bf16{}, bf16{}, f32{});
+    try_in_place(bf16{}, bf16{}, bf16{});
   }
-  update_blocks(segment, begin, end, *derived);
 }
 
-// The terms of n elements; the states are written in place.
-template <class Rule, class T, size_t... I>
+template <class Rule, class T>
+inline void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end,
+                        Update<Rule, T>* with) {
+  const Segment& segment = launch.segments[i];
+  const Segment& next = launch.segments[i + 1 < launch.segment_count ? i + 1 : i];
+  if (!with->fits(launch, segment)) with->find(launch, i);
+  with->loop(segment, next, begin, end, *with);
+}
+
+// The terms of elements [begin, end) of a tile; the states are written in place.
+template <class Rule, class T, unsigned setting, size_t... I>
 __attribute__((always_inline)) inline void find_terms(
     void* const* at, int begin, int end, T grad_multiplier,
-    const typename Rule::template Scalars<T>& scalars, double (*terms)[kTile],
+    const typename Rule::template Scalars<T>& scalars_in_memory, double (*terms)[kTile],
     std::index_sequence<I...>) {
   using Measure = typename Rule::Measure;
+  const auto scalars = in_setting<Measure, setting>(scalars_in_memory);
   const unsigned written = needed<Rule, Measure>(scalars) >> 2 & Measure::kWrites;
   const int sums = Measure::sums(scalars);
   const T* p = static_cast<const T*>(at[0]);
@@ -296,9 +323,10 @@ void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t til
       const int64_t ahead = begin + done + kTile;
       prefetch<T>(segment, ahead, ahead + kAhead, streams, sizes,
                   std::make_index_sequence<2 + Rule::kStates>{});
-      with_switches<Measure>(scalars, [&](const auto& s) __attribute__((always_inline)) {
-        find_terms<Rule, T>(values.at, done, n - done < kAhead ? n : int(done + kAhead), multiplier,
-                            s, terms, states);
+      with_setting<Measure>(scalars, [&](auto setting) __attribute__((always_inline)) {
+        find_terms<Rule, T, setting.value>(values.at, done,
+                                           n - done < kAhead ? n : int(done + kAhead), multiplier,
+                                           scalars, terms, states);
       });
     }
     values.write(segment, begin, n, streams & Measure::kWrites << 2);
@@ -324,8 +352,8 @@ __attribute__((always_inline)) inline void for_each_part(const Launch& launch, i
 
 template <class Rule>
 void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
-  Derived<Rule, float> in_float;
-  Derived<Rule, double> in_double;
+  Update<Rule, float> in_float;
+  Update<Rule, double> in_double;
   for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t first, int64_t tile, int64_t last) {
     const Segment& segment = launch.segments[i];
     const int64_t begin = (tile - first) * kTile;

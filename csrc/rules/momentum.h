@@ -15,6 +15,12 @@ struct velocity : Elementwise {
   };
 
   template <class T>
+  static constexpr std::array<T Scalars<T>::*, 1> switches(Scalars<T>*) {
+    using S = Scalars<T>;
+    return {&S::wd};
+  }
+
+  template <class T>
   FM_RULE Scalars<T> derive(const double* hyper, const double*, const double*) {
     const double lr = hyper[0], momentum = hyper[1], weight_decay = hyper[2],
                  decoupled_weight_decay = hyper[3];
@@ -39,6 +45,12 @@ struct lookahead : Elementwise {
   struct Scalars {
     T lr, mu, wd, decay, ahead;
   };
+
+  template <class T>
+  static constexpr std::array<T Scalars<T>::*, 1> switches(Scalars<T>*) {
+    using S = Scalars<T>;
+    return {&S::wd};
+  }
 
   template <class T>
   FM_RULE Scalars<T> derive(const double* hyper, const double*, const double*) {

@@ -15,6 +15,12 @@ struct sgd : Elementwise {
   };
 
   template <class T>
+  static constexpr std::array<T Scalars<T>::*, 3> switches(Scalars<T>*) {
+    using S = Scalars<T>;
+    return {&S::wd, &S::mu, &S::nesterov};
+  }
+
+  template <class T>
   FM_RULE Scalars<T> derive(const double* hyper, const double* tensor, const double*) {
     const double lr = hyper[0], momentum = hyper[1], dampening = hyper[2], weight_decay = hyper[3],
                  nesterov = hyper[4], decoupled_weight_decay = hyper[5], first = tensor[0];
@@ -22,6 +28,11 @@ struct sgd : Elementwise {
     const double wd = weight_decay * (1.0 - decoupled_weight_decay);
     const double decay = 1.0 - lr * weight_decay * decoupled_weight_decay;
     return {T(lr), T(momentum), T(gain), T(wd), T(decay), T(nesterov)};
+  }
+
+  template <class S>
+  FM_RULE unsigned reads(const S& s) {
+    return 3 | (s.mu != 0) << 2;
   }
 
   template <class T>

@@ -16,6 +16,12 @@ struct sgd_sai : Elementwise {
   };
 
   template <class T>
+  static constexpr std::array<T Scalars<T>::*, 1> switches(Scalars<T>*) {
+    using S = Scalars<T>;
+    return {&S::mu};
+  }
+
+  template <class T>
   FM_RULE Scalars<T> derive(const double* hyper, const double* tensor, const double* kept) {
     const double lr = hyper[0], momentum = hyper[1], weight_decay = hyper[2], scale = hyper[4],
                  first = tensor[0], gsnr = kept[0], gsnr_max = kept[2];
@@ -23,6 +29,11 @@ struct sgd_sai : Elementwise {
     const double gain = 1.0 - momentum * (1.0 - first);
     const double decay = 1.0 - lr * weight_decay;
     return {T(rate), T(momentum), T(gain), T(decay)};
+  }
+
+  template <class S>
+  FM_RULE unsigned reads(const S& s) {
+    return 3 | (s.mu != 0) << 2;
   }
 
   template <class T>
