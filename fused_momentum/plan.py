@@ -201,7 +201,7 @@ class Plan:
         """
         if self.rule.read is not None and torch.cuda.is_initialized():
             _refuse_capture(self.rule)
-        waits = not (self._reads_amp and self._settled)
+        waits = amp is not NO_AMP and not (self._reads_amp and self._settled)
         if waits and amp.skips():
             return False
         if not self._walks:
@@ -211,7 +211,7 @@ class Plan:
         first: dict[str, list[int]] = {}
         made = False
         while todo := self._read(groups, state, params, grad_multiplier, first):
-            if not waits and amp.skips():
+            if amp.skips():
                 return False
             made = True
             for device_type, found in todo.items():

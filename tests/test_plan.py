@@ -1,6 +1,7 @@
 """The plan is cached between steps, and notices whatever changed in between."""
 
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -133,6 +134,25 @@ def state_of_a_parameter(run):
 
 
 @event
+def state_made_long_ago(run):
+    old = list(_state(run, 1).values())
+    run.opt.state[run.params[1]] = run.spare.pop()
+    return old
+
+
+@event
+def states_exchanged(run):
+    run.opt.state, run.other_state = run.other_state, run.opt.state
+
+
+@event
+def state_before_a_subset_without_it(run):
+    old = _replace_state(run, 1, lambda old: old * 2)
+    run.opt.step_params([run.params[2], run.params[4]])
+    return old
+
+
+@event
 def state_deleted(run):
     old = list(run.opt.state.pop(run.params[1], {}).values())
     return old
@@ -223,9 +243,28 @@ def test_a_state_that_is_no_longer_needed_is_let_go(backend):
     assert buffer() is None
 
 
+@rules
+@compiled
+def test_a_step_that_found_no_memory_for_its_states_can_be_taken_again(rule, backend, monkeypatch):
+    def no_memory(*args):
+        raise MemoryError
+
+    runs = [_run(VARIANTS[rule.name], name) for name in (backend, "reference")]
+    for run in runs:
+        _set_grads(run, 0)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(plan, "make_states", no_memory)
+            run.opt.step()
+        run.opt.step()
+        assert run.opt.state
+    assert not differing(*runs)
+
+
 def _run(variant, backend):
     run = Run(variant, SOME, TYPES["f32"], backend)
     run.opt.param_groups[0].update(variant.hyper)
+    run.spare = [{_key(run): torch.full_like(run.params[1], 0.3)} for _ in range(3)]
+    run.other_state = defaultdict(dict)
     return run
 
 

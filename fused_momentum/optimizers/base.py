@@ -7,8 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.autograd import profiler
-from torch.optim import optimizer as torch_optimizer
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from .. import flat
 from ..backends import check_request, choose
@@ -123,8 +127,8 @@ class FusedOptimizer(Optimizer):
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
             or profiler._is_profiler_enabled
         ):
             return self._hooked_step(closure)
@@ -170,7 +174,7 @@ class FusedOptimizer(Optimizer):
         return True
 
     def _plan_step(self, params: list[torch.Tensor] | None, updates: bool = True) -> bool:
-        plan = self._planned()
+        plan = self._plan or self._planned()
         return plan.step(self.param_groups, self.state, params, self._amp(), updates)
 
     def _planned(self) -> Plan:
