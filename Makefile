@@ -5,7 +5,8 @@
 #   make test VENV= PYTHON=/path/to/python    that interpreter as it is: no download, works offline
 #   make test PYTEST_ARGS="-k sgd -x"         arguments for pytest; BENCH_ARGS for the bench
 #
-# CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and FUSED_MOMENTUM_CUDA reach setup.py.
+# CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and FUSED_MOMENTUM_CUDA reach setup.py. CUDA kernels
+# are built for the GPUs of this machine; where it has none for one, to see that they can be built.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +35,10 @@ CPP_FILES = find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.
 LINKED := $(shell cd / && $(PY) -c "import json; from importlib.metadata import distribution; print(json.loads(distribution('fused_momentum').read_text('direct_url.json'))['url'][7:])" 2>/dev/null)
 
 export PATH := $(dir $(PY)):$(PATH)
+ifndef TORCH_CUDA_ARCH_LIST
+CAPABILITIES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -x "[0-9.]*" | sort -u)
+export TORCH_CUDA_ARCH_LIST := $(or $(CAPABILITIES),9.0)
+endif
 .PHONY: test bench bench-check figures examples gpu lint format clean FORCE
 .NOTPARALLEL:
 # A stamp is void where the environment links to no checkout, or to another one.

@@ -12,8 +12,8 @@ inline const at::Tensor* grad_of(const at::Tensor& param) {
   return meta && meta->grad_.defined() ? &meta->grad_ : nullptr;
 }
 
-// Grows from each change of any dict to the next, and a dict's is that of its last change. Python 3.12
-// and later do not tell: there it is never less than that of a dict made later.
+// Grows from each change of any dict to the next, and a dict's is that of its last change.
+// Python 3.12 and later do not tell: there it is never less than that of a dict made later.
 inline uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030c0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;

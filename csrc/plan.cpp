@@ -150,7 +150,6 @@ struct Plan::Known {
   const py::object *states, *state_names, *steps;  // steps: nullptr where none are counted
   int keys, states_of_rule, kept_itemsize;
   uint64_t state_version;
-  std::atomic<bool>* state_is_newer;
 
   explicit Known(Plan* plan)
       : entries(plan->entries_.data()),
@@ -162,14 +161,12 @@ struct Plan::Known {
         keys(int(plan->state_keys_.size())),
         states_of_rule(plan->info_.states),
         kept_itemsize(itemsize_of(plan->info_.kept_dtype)),
-        state_version(plan->state_version_),
-        state_is_newer(&plan->state_is_newer_) {}
+        state_version(plan->state_version_) {}
 
   // Whether state[param] still holds the tensors that were found there. They are made in the order
   // of the keys, so a walk through the dict meets them without a look-up; it may be read by several
   // threads, as it changes not so much as a reference count.
   __attribute__((noinline)) bool holds_its_states(int64_t position) const {
-    state_is_newer->store(true, std::memory_order_relaxed);
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
     for (int k = 0; k < keys; k++) {
@@ -359,10 +356,12 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
       generation_ += segments_[position].row != before;
     });
   Todo todo;
-  if (check_all())
+  if (check_all()) {
+    state_is_newer_ = true;
     for_each_chosen([&](int64_t position) {
       if (changed_[position]) read_entry(position, &todo);
     });
+  }
   // Now all that takes part is known as it is. What a subset has left out is not.
   if (state_is_newer_ && all_) {
     state_version_ = version_of(py::dict().ptr());

@@ -197,8 +197,8 @@ class Plan {
   std::vector<std::pair<PyObject*, PyObject*>> state_items_;
   // What a dict holds of the state is known where its version is below this one.
   uint64_t state_version_ = 0;
-  std::atomic<bool> state_is_newer_{true};  // some dict's was not
-  PyObject* state_ = nullptr;               // the optimizer's dict
+  bool state_is_newer_ = true;  // what it holds may have changed since then
+  PyObject* state_ = nullptr;   // the optimizer's dict
 
   // Gradients that were lazily conjugated or negated, made real; alive until the next step.
   std::deque<at::Tensor> resolved_;

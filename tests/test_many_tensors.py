@@ -195,6 +195,37 @@ def test_the_last_tile_and_the_ones_before_it(dtype, backend, threads):
     same(*results)
 
 
+STORED = {
+    "f32": (torch.float32, lambda t: t),
+    "bf16": (torch.bfloat16, lambda t: t),
+    "f16": (torch.float16, lambda t: t),
+    "f64": (torch.float64, lambda t: t),
+    "strided": (torch.float32, lambda t: t.t()),
+}
+
+
+@THREADS
+@compiled
+@pytest.mark.parametrize("other", STORED)
+@pytest.mark.parametrize("one", STORED)
+def test_neighbours_that_are_stored_in_different_ways(one, other, backend, threads):
+    """What one tensor is updated with may be that of the next: csrc/cpu/pass.h."""
+    torch.set_num_threads(threads)
+    results = []
+    for name in (backend, "reference"):
+        optimizer = made(fm.FusedSGD, [(3, 5)] * 7, name, momentum=0.5, weight_decay=0.1)
+        kinds = [STORED[kind] for kind in (one, other, one, one, other, other, one)]
+        for p, (dtype, turned) in zip(params_of(optimizer), kinds, strict=True):
+            p.data = turned(p.data.to(dtype))
+        for step in range(2):
+            maker = torch.Generator().manual_seed(step + 1)
+            for p in params_of(optimizer):
+                p.grad = torch.randn(p.shape, generator=maker).to(p.dtype)
+            optimizer.step()
+        results.append(optimizer)
+    same(*results)
+
+
 def test_a_frozen_parameter_needs_no_row_of_hyper_parameters():
     """AutoSGM's are worked out in Python for each step that some tensor takes."""
     optimizer = made(fm.FusedAutoSGM, [(3,), (4,)], "cpu")

@@ -49,9 +49,9 @@ __attribute__((always_inline)) inline Scalars in_setting(Scalars scalars) {
 // The loop: P, G and S are the codecs of the parameter, the gradient and the states. Streams that
 // are not needed have no address.
 template <class Rule, class T, class P, class G, class S, size_t... I>
-__attribute__((always_inline)) inline void update(
-    void* const* at, int64_t n, T grad_multiplier,
-    const typename Rule::template Scalars<T>& scalars, std::index_sequence<I...>) {
+__attribute__((always_inline)) inline void update(void* const* at, int64_t n, T grad_multiplier,
+                                                  const typename Rule::template Scalars<T>& scalars,
+                                                  std::index_sequence<I...>) {
   const unsigned states = needed<Rule, Rule>(scalars) >> 2, written = states & Rule::kWrites;
   auto* p = static_cast<typename P::storage*>(at[0]);
   const auto* g = static_cast<const typename G::storage*>(at[1]);
@@ -131,8 +131,8 @@ struct Numbers {
   }
 };
 
-// What a tensor is updated with: the scalars, and a loop for its setting of the switches and for the
-// way in which it is stored. `like` is the tensor that they were found for.
+// What a tensor is updated with: the scalars, and a loop for its setting of the switches and for
+// the way in which it is stored. `like` is the tensor that they were found for.
 template <class Rule, class T>
 struct Update {
   using Loop = void (*)(const Segment& segment, const Segment& next, int64_t begin, int64_t end,
@@ -143,16 +143,13 @@ struct Update {
   Loop loop;
   const Segment* like = nullptr;
 
-  // Whether they are those of another tensor of the same launch too.
+  // Whether they are those of another tensor of the same launch too. It then has the same streams:
+  // which of them are absent follows from the row.
   inline bool fits(const Launch& launch, const Segment& segment) const {
-    if (Rule::kKept != 0 || launch.tensor_scalars != nullptr || like == nullptr) return false;
-    if (segment.row != like->row || segment.first != like->first ||
-        segment.layout != like->layout ||
-        std::memcmp(segment.dtype, like->dtype, sizeof segment.dtype) != 0)
-      return false;
-    for (int s = 2; s < 2 + Rule::kStates; s++)
-      if ((segment.data[s] == nullptr) != (like->data[s] == nullptr)) return false;
-    return true;
+    return Rule::kKept == 0 && launch.tensor_scalars == nullptr && like != nullptr &&
+           segment.row == like->row && segment.first == like->first &&
+           segment.layout == like->layout &&
+           std::memcmp(segment.dtype, like->dtype, sizeof segment.dtype) == 0;
   }
 
   void find(const Launch& launch, int64_t i);

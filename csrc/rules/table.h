@@ -14,8 +14,8 @@ namespace fused_momentum {
 
 using std::sqrt;
 
-// Of a pass: scalars that may be 0, where something is then left out. A CPU has a loop for each set of
-// those that are not 0.
+// Of a pass: scalars that may be 0, where something is then left out. A CPU has a loop for each set
+// of those that are not 0.
 struct NoSwitches {
   template <class Scalars>
   static constexpr std::array<float Scalars::*, 0> switches(Scalars*) {
