@@ -211,7 +211,7 @@ class Plan:
         first: dict[str, list[int]] = {}
         made = False
         while todo := self._read(groups, state, params, grad_multiplier, first):
-            if amp.skips():
+            if not waits and amp.skips():
                 return False
             made = True
             for device_type, found in todo.items():

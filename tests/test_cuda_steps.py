@@ -116,18 +116,8 @@ def test_what_has_changed_is_packed_anew(kernels, change, count):
     assert training.step() == [0]
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("sgd", 5),
-        ("sgd", 700),
-        ("sgd", 1500),
-        ("sgd_sai", 5),
-        ("toy", 5),
-        ("toy", 700),
-        ("toy", 1500),
-    ],
-)
+@counts
+@pytest.mark.parametrize("name", ["sgd", "sgd_sai", "toy"])
 def test_numbers_are_those_of_the_step(kernels, name, count):
     """Hyper-parameters, signs, scales and their addresses, with tables that are kept."""
     training = Training(kernels, ALL_RULES[name], count)
