@@ -52,7 +52,7 @@ def _halved(x: torch.Tensor) -> torch.Tensor:
     """The sum of each tile."""
     x = torch.nn.functional.pad(x, (0, -len(x) % TILE)).view(-1, TILE)
     while x.shape[1] > 1:
-        x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+        x = torch.add(*x.chunk(2, dim=1))
     return x[:, 0]
 
 

@@ -18,6 +18,7 @@ from fused_momentum.backends import PREFERENCE, choose
 from fused_momentum.rules import RULES
 
 STEPS = 4
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 EXTENSION, _ = native.load()
 TILE = EXTENSION.TILE if EXTENSION else 1024  # elements; where kernels begin a new piece of work
 BACKENDS = [row.name for row in fused_momentum.backends() if row.available]
@@ -311,8 +312,14 @@ def bits(tensor):
     """
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     real = real.detach().resolve_neg().cpu().contiguous()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+    integer = INTEGERS[real.element_size()]
     return torch.where(real.isnan(), torch.nan, real).view(integer)
+
+
+def same_bits(x, y):
+    """Whether all bits are the same, all NaN being one; the short way first."""
+    integer = INTEGERS[x.element_size()]
+    return torch.equal(x.view(integer), y.view(integer)) or torch.equal(bits(x), bits(y))
 
 
 def differing(run, other):

@@ -1,6 +1,12 @@
 """Fixtures and marks shared by all test files."""
 
+import os
+
 import pytest
+
+# As torch is loaded: threads of several test processes that spin while they wait take each other's
+# processors.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 

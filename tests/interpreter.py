@@ -21,12 +21,34 @@ MULTIPLIERS = (1.0, -1.0, 0.5, -2.0)  # of the gradients of group i % 4
 SIZES = (0, 1, 7, 1023, 1024, 1025, 10007)
 
 
+def _patch_once_a_launch():
+    """Triton patches its language anew at each call of a device function: most of a check's time.
+
+    A module that was patched in a launch stays so until the launch is over.
+    """
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        module = id(function.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch(function)
+
+    def launch_anew(*args, **kwargs):
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
 @pytest.fixture(name="interpreted", scope="module")
 def interpreted_fixture():
     """``interpreted(check, *args)`` runs ``check(*args)`` in a process where Triton interprets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool = ProcessPoolExecutor(1, get_context("spawn"), _patch_once_a_launch)
         pool.submit(os.getpid).result()  # started, with the environment as it is now
     with pool:
         yield lambda check, *args: pool.submit(check, *args).result()

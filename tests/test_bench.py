@@ -11,7 +11,7 @@ from bench.formulas import Plain
 from bench.providers import COMPILED, FOR_LOOP, FOREACH, FUSED, OURS, RULES, SGD_HYPER
 from bench.size import fit
 from bench.step import enter
-from bench.timing import MIN_ROUNDS, SLOW_ROUNDS, Contestant, CpuClock, interleave, ratio
+from bench.timing import MIN_ROUNDS, SLOW_ROUNDS, Contestant, interleave, ratio
 
 CPU = torch.device("cpu")
 SGD_PEERS = {p.name: p for p in RULES["sgd"].providers}
@@ -340,22 +340,22 @@ def test_copies_exceed_the_cache_four_times_where_memory_allows(monkeypatch, num
     assert step.copies(CPU, case, free) == 1
 
 
+class StoppedClock:
+    """Says that a step takes as long as it returns, whatever else the machine does."""
+
+    def time(self, step, prepare):
+        prepare()
+        return (step(),) * 2
+
+
 def test_interleave_gives_every_contestant_a_turn_in_every_round():
     order = []
-    contestants = [Contestant((name,), lambda name=name: order.append(name)) for name in "ab"]
-    rounds = interleave(contestants, CpuClock(), deadline=0.0)
+    contestants = [Contestant((key,), lambda key=key: order.append(key) or 1.0) for key in "ab"]
+    rounds = interleave(contestants, StoppedClock(), deadline=0.0)
     assert rounds == MIN_ROUNDS
     assert [len(contestant.total) for contestant in contestants] == [rounds, rounds]
     turns = [name for name, _ in groupby(order[2:])]  # after the warm-up
     assert turns == list("ababab")  # ab ba ab ba ab: the order turns round by round
-
-
-class StoppedClock:
-    """Says that a step takes as long as its key."""
-
-    def time(self, step, prepare):
-        prepare()
-        return step(), step()
 
 
 def test_one_that_is_far_too_slow_drops_out():

@@ -14,6 +14,7 @@ from shim.steps import (
     ALL_VARIANTS,
     Step,
     assert_untouched,
+    capacity,
     check,
     copies,
     defaults,
@@ -21,6 +22,7 @@ from shim.steps import (
     fresh_kept,
     make,
     vectors,
+    words_of,
 )
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason=f"no C++ compiler {shim.CXX[0]}")
@@ -122,15 +124,6 @@ def test_a_launch_over_nothing_is_none(kernels):
 # --- many tensors, rows and types ------------------------------------------------------------
 
 
-def capacity(kernels, rule, large):
-    """Tensors that fit into kernel arguments beside one row of hyper-parameters."""
-    return (kernels.words(large) - (len(rule.hyper) + 2)) // tensor_words(rule)
-
-
-def tensor_words(rule):
-    return 1 + 2 + len(rule.states) + len(rule.kept)
-
-
 @rules
 def test_as_many_tensors_as_arguments_hold_and_one_more(kernels, rule):
     small, large = (capacity(kernels, rule, size) for size in (0, 1))
@@ -175,7 +168,8 @@ def test_rows_share_the_launch(kernels, rule, count, capturing):
     rows = [(i * 7) % count if count < 100 else i for i in range(n)]
     tensors = vectors(rule, [1 + i % 3 for i in range(n - 1)] + [2 * TILE + 1])
     multipliers = [(-1.0) ** i * (1 + i) for i in range(count)]
-    words = count * (len(rule.hyper) + 2) + n * tensor_words(rule)
+    of_tensor, of_row = words_of(rule)
+    words = count * of_row + n * of_tensor
     options = {"rows": rows, "multipliers": multipliers, "capturing": capturing}
     ours = -(-words // kernels.words(1)) if capturing else 1
     result = check(kernels, rule, tensors, rows_of(rule, count), launches=ours, **options)

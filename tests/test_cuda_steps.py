@@ -4,12 +4,13 @@ import pytest
 import shim
 import torch
 from cases import TILE
-from shim.steps import ALL_RULES, Step, copies, defaults, fresh_kept, vectors
+from shim.steps import ALL_RULES, Step, capacity, copies, defaults, fresh_kept, vectors
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason=f"no C++ compiler {shim.CXX[0]}")
 SGD = ALL_RULES["sgd"]
-# Tables in small and in large arguments, and in device memory.
-counts = pytest.mark.parametrize("count", [5, 700, 1500])
+ROWS = 3
+# Where tables are: in small or in large arguments of the kernel, or in device memory.
+places = pytest.mark.parametrize("place", ["small", "large", "memory"])
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +23,15 @@ class Training:
 
     generation = 0  # of all: a plan's are its own, but the shim has one machine for all of them
 
-    def __init__(self, kernels, rule, count):
-        self.kernels, self.rule, self.count = kernels, rule, count
+    def __init__(self, kernels, rule, place):
+        self.kernels, self.rule, self.place = kernels, rule, place
+        smaller = {"large": 0, "memory": 1}
+        # Some more than fit into the smaller ones: a change may take one away.
+        count = 5 + (capacity(kernels, rule, smaller[place], ROWS) if place in smaller else 0)
         tensors = vectors(rule, [TILE + 3, *(1 + i % 5 for i in range(count - 1))])
         self.ours, self.truth = copies(tensors), copies(tensors)
         self.kept = fresh_kept(rule, count), fresh_kept(rule, count)
-        self.rows = [i % 3 for i in range(count)]
+        self.rows = [i % ROWS for i in range(count)]
         self.first = [0.0] * count
         self.hyper = [defaults(rule) | {"lr": lr} for lr in (0.1, 0.2, 0.3)]
         self.options = {}
@@ -43,11 +47,12 @@ class Training:
             self.kernels, self.rule, self.ours, self.truth, self.hyper,
             generation=Training.generation, **common, **self.options,
         )  # fmt: skip
-        kept = []
-        if self.rule.measure is not None:
-            kept.append(step.measure().kept)
-        kept.append(step.update().kept)
-        return kept
+        passes = [] if self.rule.measure is None else [step.measure]
+        results = [run() for run in [*passes, step.update]]
+        for result in results:
+            assert result.large == (self.place == "large")
+            assert result.uploads == (self.place == "memory")
+        return [result.kept for result in results]
 
 
 EVENTS = {}
@@ -99,10 +104,10 @@ def first_step(training):
     training.first[4] = 1.0
 
 
-@counts
+@places
 @pytest.mark.parametrize("change", EVENTS.values(), ids=EVENTS)
-def test_what_has_changed_is_packed_anew(kernels, change, count):
-    training = Training(kernels, SGD, count)
+def test_what_has_changed_is_packed_anew(kernels, change, place):
+    training = Training(kernels, SGD, place)
     training.renew()
     assert training.step() == [0]
     assert training.step() == [1]
@@ -116,11 +121,11 @@ def test_what_has_changed_is_packed_anew(kernels, change, count):
     assert training.step() == [0]
 
 
-@counts
+@places
 @pytest.mark.parametrize("name", ["sgd", "sgd_sai", "toy"])
-def test_numbers_are_those_of_the_step(kernels, name, count):
+def test_numbers_are_those_of_the_step(kernels, name, place):
     """Hyper-parameters, signs, scales and their addresses, with tables that are kept."""
-    training = Training(kernels, ALL_RULES[name], count)
+    training = Training(kernels, ALL_RULES[name], place)
     passes = 1 + (training.rule.measure is not None)
     training.renew()
     assert training.step() == [0, 1][:passes]
@@ -143,12 +148,12 @@ def test_numbers_are_those_of_the_step(kernels, name, count):
     assert training.step() == [1] * passes
 
 
-@counts
-def test_a_graph_is_captured_with_tables_of_its_own(kernels, count):
+@places
+def test_a_graph_is_captured_with_tables_of_its_own(kernels, place):
     """What fits into arguments is kept; what does not is split for the graph, and not after it."""
-    training = Training(kernels, SGD, count)
+    training = Training(kernels, SGD, place)
     training.renew()
-    fits = count < 1500
+    fits = place != "memory"
     for capturing, kept in ((0, 0), (1, fits), (1, 1), (0, fits), (0, 1)):
         training.options = {"capturing": capturing}
         step = Step(
@@ -162,7 +167,7 @@ def test_a_graph_is_captured_with_tables_of_its_own(kernels, count):
 
 
 def test_blocks_of_another_size_are_counted_anew(kernels):
-    training = Training(kernels, SGD, 5)
+    training = Training(kernels, SGD, "small")
     training.renew()
     for per_block in (1, 3):
         training.options = {"tiles_per_block": per_block}
@@ -171,7 +176,7 @@ def test_blocks_of_another_size_are_counted_anew(kernels):
 
 def test_other_launches_come_between(kernels):
     """One without a number keeps nothing; another plan's number is another."""
-    training = Training(kernels, SGD, 5)
+    training = Training(kernels, SGD, "small")
     training.renew()
     assert training.step() + training.step() == [0, 1]
     other = vectors(SGD, [9, 9])
@@ -184,7 +189,7 @@ def test_other_launches_come_between(kernels):
 
 def test_a_change_that_went_unnoticed_would_be_seen(kernels):
     """Negative control: the same number for other tensors is what these tests are about."""
-    training = Training(kernels, SGD, 5)
+    training = Training(kernels, SGD, "small")
     training.renew()
     training.step()
     address_of_a_parameter(training)

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from cases import INTEGERS
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -138,35 +139,31 @@ class Counts:
     """How often each byte of the tensors was read and written."""
 
     def __init__(self, tensors):
-        self.of = {}  # address of the memory: its bytes, reads, writes
+        self.of = {}  # address of the memory: reads and writes of its bytes
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage.nbytes():
-                zeros = torch.zeros(2, storage.nbytes(), dtype=torch.uint8)
-                self.of.setdefault(storage.data_ptr(), (storage.nbytes(), *zeros))
+            if storage.nbytes() and storage.data_ptr() not in self.of:
+                self.of[storage.data_ptr()] = torch.zeros(2, storage.nbytes(), dtype=torch.uint8)
 
     def regions(self):
         return [
-            Region(at, size, reads.data_ptr(), writes.data_ptr())
-            for at, (size, reads, writes) in self.of.items()
+            Region(at, n := counts.shape[1], counts.data_ptr(), counts.data_ptr() + n)
+            for at, counts in self.of.items()
         ]
 
     def are(self, tensor, reads, writes):
         """Whether each element was read and written so often, and nothing between them at all."""
         if tensor.numel() == 0:
             return True
-        _, *counts = self.of[tensor.untyped_storage().data_ptr()]
-        item = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        for count, expected in zip(counts, (reads, writes), strict=True):
-            every_byte = torch.full((tensor.element_size(),), expected, dtype=torch.uint8)
-            want = torch.zeros_like(count)
-            of_elements = want.view(item).as_strided(
-                tensor.shape, tensor.stride(), tensor.storage_offset()
-            )
-            of_elements.fill_(every_byte.view(item).item())
-            if not torch.equal(want, count):
-                return False
-        return True
+        counts = self.of[tensor.untyped_storage().data_ptr()]
+        want = torch.zeros_like(counts)
+        of_elements = want.view(INTEGERS[tensor.element_size()])
+        for row, expected in enumerate((reads, writes)):
+            if expected:
+                every_byte = int.from_bytes([expected] * tensor.element_size(), "little")
+                at = row * of_elements.shape[1] + tensor.storage_offset()
+                of_elements.as_strided(tensor.shape, tensor.stride(), at).fill_(every_byte)
+        return torch.equal(want, counts)
 
 
 class Shim:

@@ -1,7 +1,7 @@
 """Steps by the kernels' source beside steps by the reference."""
 
 import torch
-from cases import FORMS, LAYOUTS, RULES, TYPES, VARIANTS, Form, Variant, bits, values
+from cases import FORMS, LAYOUTS, RULES, TYPES, VARIANTS, Form, Variant, bits, same_bits, values
 from toy_rule import TOY
 
 from fused_momentum import reference
@@ -89,6 +89,17 @@ def vectors(rule, sizes, types=F32):
 
 def form_of(n, layout="contiguous"):
     return Form((n,), layout, layout)
+
+
+def words_of(rule):
+    """Words of one tensor in a table, and of one row of hyper-parameters."""
+    return 1 + 2 + len(rule.states) + len(rule.kept), len(rule.hyper) + 2
+
+
+def capacity(kernels, rule, large, rows=1):
+    """Tensors that fit into kernel arguments, small or large, beside rows of hyper-parameters."""
+    of_tensor, of_row = words_of(rule)
+    return (kernels.words(large) - rows * of_row) // of_tensor
 
 
 def copies(tensors):
@@ -272,7 +283,7 @@ def assert_same(ours, truth):
     for i, (mine, true) in enumerate(zip(ours, truth, strict=True)):
         for k, (x, y) in enumerate(zip(mine, true, strict=True)):
             if x is not None:
-                assert torch.equal(bits(x), bits(y)), f"{k} of tensor {i} {list(x.shape)}"
+                assert same_bits(x, y), f"{k} of tensor {i} {list(x.shape)}"
 
 
 def assert_untouched(result, tensors):
