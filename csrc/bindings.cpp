@@ -61,6 +61,7 @@ std::vector<int64_t> split(const std::vector<int64_t>& numels, int parts) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_momentum;
   m.attr("TILE") = kTile;
+  m.attr("TENSORS_PER_THREAD") = kTensorsPerThread;
   py::class_<RuleInfo>(m, "RuleInfo")
       .def_readonly("name", &RuleInfo::name)
       .def_readonly("hyper", &RuleInfo::hyper)

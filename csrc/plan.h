@@ -26,7 +26,7 @@
 namespace fused_momentum {
 
 // Below this many tensors a second thread costs more than it saves.
-constexpr int64_t kTensorsPerThread = 512;
+constexpr int64_t kTensorsPerThread = 2048;
 
 // What is kept per parameter under a name: a state, or a number.
 struct StateKey {

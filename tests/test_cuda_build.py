@@ -73,13 +73,12 @@ def _compile(path, folder):
     flags += [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in ARCHS]
     made = Path(folder) / f"{path.stem}-{shim.digest(NVCC, flags)}.fatbin"
     log = made.with_suffix(".log")
-    if not log.exists():
-        new = made.with_suffix(f".{os.getpid()}")
-        command = [NVCC, *flags, "-fatbin", "-o", str(new), str(path)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-        new.rename(made)
-        log.write_text(done.stdout + done.stderr)
+    with shim.made_once(made) as new:
+        if new:
+            command = [NVCC, *flags, "-fatbin", "-o", str(new), str(path)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+            log.write_text(done.stdout + done.stderr)
     return made, log.read_text()
 
 

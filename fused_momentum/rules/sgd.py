@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .functions import where
 from .table import Rule, State
 
 
@@ -26,6 +27,10 @@ def sgd(p, g, m, lr, mu, gain, wd, decay, nesterov):
     return p, m
 
 
+def reads_sgd(lr, mu, gain, wd, decay, nesterov):
+    return 1.0, 1.0, where(mu != 0.0, 1.0, 0.0)
+
+
 SGD = Rule(
     name="sgd",
     hyper=(
@@ -40,6 +45,7 @@ SGD = Rule(
     derive=derive_sgd,
     states=(State("momentum_buffer", when="momentum"),),
     update=sgd,
+    reads=reads_sgd,
     formula="m = mu m + (1 - dampening) g;  p = p - lr (g + mu m if nesterov else m)",
     source="torch.optim.SGD; Sutskever et al. 2013, section 2",
     worked=(

@@ -27,6 +27,10 @@ def sgd_sai(p, g, m, rate, mu, gain, decay):
     return p, m
 
 
+def reads_sgd_sai(rate, mu, gain, decay):
+    return 1.0, 1.0, where(mu != 0.0, 1.0, 0.0)
+
+
 def gradient_terms(p, g, m, rate, mu, gain, decay):
     g = widen(g)
     return g, g * g
@@ -77,6 +81,7 @@ SGD_SAI = Rule(
     states=(State("momentum_buffer", when="momentum"),),
     kept=(Kept("gsnr"), Kept("stage"), Kept("gsnr_max", initial=1.0, when="scale")),
     update=sgd_sai,
+    reads=reads_sgd_sai,
     measure=Measure(
         terms=gradient_terms,
         sums=2,

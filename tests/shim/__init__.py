@@ -3,7 +3,9 @@
 ``shim.cpp`` runs each block and thread of a launch; this module builds it and hands tensors to it.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -99,14 +101,29 @@ def digest(*words):
     return hashlib.sha256(text).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def made_once(path):
+    """One process makes the file while others wait: where to, or None if it is there.
+
+    Half a file, left by a process that was stopped, is never taken for a whole one.
+    """
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            yield None
+        else:
+            new = path.with_suffix(".new")
+            yield new
+            new.rename(path)
+
+
 def build(folder):
     """Compile the shim into ``folder``, unless it is there, and load it."""
     library = Path(folder) / f"shim-{digest(CXX, FLAGS)}.so"
-    if not library.exists():
-        new = library.with_suffix(f".{os.getpid()}")
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
-        subprocess.run([*CXX, *FLAGS, *includes, "-o", new, HERE / "shim.cpp"], check=True)
-        new.rename(library)
+    with made_once(library) as new:
+        if new:
+            includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+            subprocess.run([*CXX, *FLAGS, *includes, "-o", new, HERE / "shim.cpp"], check=True)
     return ctypes.CDLL(str(library))
 
 
