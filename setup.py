@@ -45,6 +45,15 @@ def go_without(lost, why, strict=STRICT):
         os.remove(old)  # it would be installed in place of the one that failed
 
 
+def file_with(path, lines):
+    """Write the lines, unless they are there: what includes a newer file is built anew."""
+    file, text = Path(path), "\n".join(lines) + "\n"
+    if not file.exists() or file.read_text() != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return path
+
+
 def nvcc_command():
     known = re.findall(r"compute_(\d+)", subprocess.getoutput(f"{NVCC} --list-gpu-arch"))
     default = ";".join(arch for arch in CUDA_ARCHS if arch.replace(".", "") in known) + "+PTX"
@@ -65,9 +74,7 @@ def add_cuda(extension):
     lines = ["builddir = build/nvcc", "rule nvcc", "  depfile = $out.d"]
     lines += [f"  command = {nvcc_command()} -MD -MF $out.d -c $in -o $out"]
     lines += [f"build {target}: nvcc {source}" for target, source in objects.items()]
-    ninja_file = Path("build/nvcc/build.ninja")
-    ninja_file.parent.mkdir(parents=True, exist_ok=True)
-    ninja_file.write_text("\n".join(lines) + "\n")
+    ninja_file = file_with("build/nvcc/build.ninja", lines)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
     subprocess.run(["ninja", "-f", ninja_file, "-j", jobs], check=True)
     settings = subprocess.getoutput(f"{NVCC} --dryrun -c {CUDA_SOURCES[0]}")
@@ -91,8 +98,12 @@ def extension_options():
                 go_without(ALL, error)
                 self.extensions = []
 
-    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    say(f"building {len(sources)} C++ files for torch {torch.__version__}, because {CXX} is there")
+    torch_files, other_files = sorted(glob("csrc/*.cpp")), sorted(glob("csrc/cpu/*.cpp"))
+    count = len(torch_files) + len(other_files)
+    say(f"building {count} C++ files for torch {torch.__version__}, because {CXX} is there")
+    # As one: torch's headers are most of the time that each of them would take.
+    as_one = file_with("build/torch_files.cpp", (f'#include "../{path}"' for path in torch_files))
+    sources = [as_one, *other_files]
     extension = CppExtension("fused_momentum._C", sources, include_dirs=[os.path.abspath("csrc")])
     extension.extra_compile_args, extension.extra_link_args = CXX_FLAGS, ["-fopenmp"]
     if CUDA == "1" or (CUDA != "0" and NVCC and CUDA_SOURCES):
