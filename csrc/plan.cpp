@@ -208,7 +208,7 @@ struct Plan::Known {
   // How a tensor compares with what is known of it; addresses are brought up to date. Several
   // threads do this while the caller holds the GIL, so it may read Python's objects and nothing
   // more.
-  inline Found check(int64_t position) const {
+  [[gnu::always_inline]] inline Found check(int64_t position) const {
     const Entry& entry = entries[position];
     Segment& segment = segments[position];
     const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
