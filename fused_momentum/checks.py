@@ -18,6 +18,10 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
     """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
     if tensor.is_sparse or tensor.layout in (torch.sparse_csr, torch.sparse_csc):
         raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; needed: one tensor of memory, such as its .values()"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
     if tensor.device != param.device:

@@ -179,6 +179,21 @@ def test_one_bad_tensor_stops_the_whole_step(cls, backend, steps, spoil, kind, m
 
 @OURS
 @backends
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_parameter(cls, backend, layout):
+    """It has no sizes to compare, so it is no row of the table above."""
+    good = Parameter(torch.ones(2))
+    bad = Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout))
+    optimizer = cls([good, bad], lr=0.1, backend=backend)
+    (good.sum() + torch.nested.to_padded_tensor(bad, 0.0).sum()).backward()
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[1\] is a nested tensor"):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(2)) and not optimizer.state
+
+
+@OURS
+@backends
 @pytest.mark.parametrize("swap", [False, True], ids=["new_parameters", "swapped_in_place"])
 def test_a_meta_model_is_usable_after_to_empty(cls, backend, swap):
     with torch.device("meta"):
