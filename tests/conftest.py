@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else torch.manual_seed would note it, and its caller's stack
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)
