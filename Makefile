@@ -27,7 +27,8 @@ TORCH := $(VENV)/torch
 LINTERS := $(VENV)/linters
 endif
 
-PIP := $(PY) -m pip --disable-pip-version-check -q
+# --no-compile: what is imported is compiled then, and most of it never is.
+PIP_INSTALL := $(PY) -m pip --disable-pip-version-check -q install --no-compile
 EXTENSION := fused_momentum/_C$(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'))")
 CONFIG := $(PY) $(CXX) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(FUSED_MOMENTUM_CUDA)
 CPP_FILES = find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu"
@@ -114,16 +115,16 @@ $(VENV)/bin/python:
 # torch comes first and alone, by exactly this version: a local CPU build of it is then taken.
 $(VENV)/torch: constraints.txt | $(VENV)/bin/python
 	@echo "installing torch into $(VENV): this takes minutes"
-	$(PIP) install -c constraints.txt $(shell grep ^torch== constraints.txt) ninja setuptools wheel
+	$(PIP_INSTALL) -c constraints.txt $(shell grep ^torch== constraints.txt) ninja setuptools wheel
 	touch $@
 
 $(VENV)/linters: constraints.txt | $(VENV)/bin/python
-	$(PIP) install -c constraints.txt clang-format ruff
+	$(PIP_INSTALL) -c constraints.txt clang-format ruff
 	touch $@
 
 # The package is linked once, the extension built beside it whenever something below csrc changed.
 $(INSTALLED): pyproject.toml $(TORCH)
-	FUSED_MOMENTUM_NO_EXTENSION=1 $(PIP) install --no-build-isolation $(INSTALL)
+	FUSED_MOMENTUM_NO_EXTENSION=1 $(PIP_INSTALL) --no-build-isolation $(INSTALL)
 	mkdir -p $(@D) && touch $@
 
 $(EXTENSION): $(INSTALLED) build/config setup.py $(shell find csrc)
