@@ -46,7 +46,7 @@ def go_without(lost, why, strict=STRICT):
 
 
 def file_with(path, lines):
-    """Write the lines, unless they are there: what includes a newer file is built anew."""
+    """Write the lines only where they differ: a file that stays old is not compiled again."""
     file, text = Path(path), "\n".join(lines) + "\n"
     if not file.exists() or file.read_text() != text:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +101,11 @@ def extension_options():
     torch_files, other_files = sorted(glob("csrc/*.cpp")), sorted(glob("csrc/cpu/*.cpp"))
     count = len(torch_files) + len(other_files)
     say(f"building {count} C++ files for torch {torch.__version__}, because {CXX} is there")
-    # As one: torch's headers are most of the time that each of them would take.
+    # For the compiler alone: torch's headers are most of the time that each file would take.
     as_one = file_with("build/torch_files.cpp", (f'#include "../{path}"' for path in torch_files))
     sources = [as_one, *other_files]
     extension = CppExtension("fused_momentum._C", sources, include_dirs=[os.path.abspath("csrc")])
+    extension.depends = sorted(glob("csrc/**/*.*", recursive=True))
     extension.extra_compile_args, extension.extra_link_args = CXX_FLAGS, ["-fopenmp"]
     if CUDA == "1" or (CUDA != "0" and NVCC and CUDA_SOURCES):
         try:

@@ -36,8 +36,9 @@ DType dtype_of(const std::string& name, const at::Tensor& tensor) {
 void check_stream(const std::string& name, const at::Tensor& param, const at::Tensor& tensor) {
   TORCH_CHECK(!tensor.is_sparse() && !tensor.is_sparse_csr(), name,
               " is sparse; sparse gradients are not supported (make it dense with .to_dense())");
-  TORCH_CHECK_TYPE(!tensor.is_nested(), name,
-                   " is a nested tensor; needed: one tensor of memory, such as its .values()");
+  TORCH_CHECK_TYPE(
+      !tensor.is_nested(), name,
+      " is a nested tensor; these are not supported (optimize the dense parameters behind it)");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " has layout ", tensor.layout(),
                    "; needed: torch.strided");
   TORCH_CHECK_TYPE(

@@ -29,6 +29,13 @@ inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written)
   return static_cast<char*>(data) + impl->storage_offset() * itemsize;
 }
 
+// Whether any thread may read its sizes: a nested tensor has none, a subclass may ask Python.
+// Neither can be updated.
+inline bool has_sizes(const c10::TensorImpl* impl) {
+  constexpr c10::DispatchKeySet others({c10::DispatchKey::NestedTensor, c10::DispatchKey::Python});
+  return !impl->key_set().has_any(others);
+}
+
 inline uint64_t mix(uint64_t key, uint64_t number) {
   return (key ^ (key >> 31) ^ number) * 0x9e3779b97f4a7c15u;
 }

@@ -215,9 +215,8 @@ struct Plan::Known {
     const at::Tensor* const found = grad_of(param);
     if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
     const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
-    // What has never been read may have no sizes.
-    if (entry.key == 0 || entry.key != key_of(impl, grad, needed[segment.row]) ||
-        !has_its_states(position))
+    if (!has_sizes(impl) || !has_sizes(grad) ||
+        entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
       return Found::changed;
     if (segment.numel == 0) return Found::same;
     void* p = address_of(impl, entry.itemsize[0], true);

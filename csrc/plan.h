@@ -25,7 +25,8 @@
 
 namespace fused_momentum {
 
-// Below this many tensors a second thread costs more than it saves.
+// Up to this many tensors one thread checks them: a second one has to fetch what the first, on
+// another core, has written.
 constexpr int64_t kTensorsPerThread = 2048;
 
 // What is kept per parameter under a name: a state, or a number.

@@ -20,7 +20,8 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
         raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
     if tensor.is_nested:
         raise TypeError(
-            f"{name} is a nested tensor; needed: one tensor of memory, such as its .values()"
+            f"{name} is a nested tensor; these are not supported (optimize the dense parameters "
+            "behind it)"
         )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")

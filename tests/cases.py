@@ -304,6 +304,13 @@ class Run:
                 yield f"{key} of params[{i}]", state
 
 
+def nested_parameter(layout):
+    """A parameter that is a nested tensor, with its gradient."""
+    p = Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout))
+    torch.nested.to_padded_tensor(p, 0.0).sum().backward()
+    return p
+
+
 def bits(tensor):
     """The bits of a tensor as integers, all NaN made one.
 

@@ -28,6 +28,8 @@ def _patch_once_a_launch():
     """
     from triton.runtime import interpreter
 
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor")):
+        return  # another Triton than the one that is tested: only slower
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(function):
@@ -38,7 +40,10 @@ def _patch_once_a_launch():
 
     def launch_anew(*args, **kwargs):
         patched.clear()
-        return launch(*args, **kwargs)
+        try:
+            return launch(*args, **kwargs)
+        finally:
+            patched.clear()
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
 

@@ -6,6 +6,7 @@ from cases import (
     EXTENSION,
     bits,
     compiled,
+    nested_parameter,
     one_thread,  # noqa: F401  brings back the number of threads that a test has changed
 )
 from torch.nn import Parameter
@@ -132,6 +133,19 @@ def test_an_error_among_many_changes_nothing(at):
     with pytest.raises(TypeError, match=rf"\['params'\]\[{at}\]"):
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_thread_never_asks_python_for_sizes(layout):
+    """The sizes of a jagged tensor are Python's; a thread that asked would wait for the caller."""
+    torch.set_num_threads(3)
+    optimizer = made(fm.FusedSGD, [(3,)] * COUNT, "cpu", momentum=0.5)
+    give_grads(optimizer, 0)
+    optimizer.step()
+    torch.utils.swap_tensors(params_of(optimizer)[-5], nested_parameter(layout))
+    with pytest.raises(TypeError, match=rf"\['params'\]\[{COUNT - 5}\] is a nested tensor"):
+        optimizer.step()
 
 
 @THREADS
