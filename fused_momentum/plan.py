@@ -50,13 +50,18 @@ class Watch:
 
     def measures(self) -> bool:
         """Whether a tensor of this step may have something to measure, as far as is known."""
-        if self._asked is not None and (self._asked[0] is None or self._asked[0].query()):
+        if self._asked is not None and self._arrived():
             _, positions, hyper, numbers = self._asked
             self._asked = None
             settled = self._rule.measure.settled
             rows = zip(positions, hyper, numbers.tolist(), strict=True)
             self._walk.settle([k for k, h, kept in rows if settled(*h, *kept)])
         return self._walk.measures()
+
+    def _arrived(self) -> bool:
+        """Whether the numbers are on the host; while a graph is captured nobody may ask."""
+        arrived = self._asked[0]
+        return arrived is None or (not torch.cuda.is_current_stream_capturing() and arrived.query())
 
     @torch.no_grad()
     def ask(self) -> None:
@@ -270,10 +275,11 @@ class Plan:
 
 
 def _device_types(groups: list[dict]) -> list[str]:
-    """Kinds of devices with a gradient; the CPU where there is none, so that somebody looks."""
+    """Kinds of devices with a gradient; where there is none all, so that somebody looks."""
     params = [p for group in groups for p in group["params"]]
     found = {p.device.type for p in params if getattr(p, "grad", None) is not None}
-    return sorted(found) or ["cpu"]
+    every = {getattr(p, "device", torch.device("cpu")).type for p in params} - {"meta"}
+    return sorted(found or every) or ["cpu"]
 
 
 def _refuse_capture(rule: Rule) -> None:

@@ -51,6 +51,14 @@ def locate(
 
 
 @triton.jit
+def rounded_to(value, DTYPE: tl.constexpr):
+    """As torch rounds: a float64 becomes a float32 before it becomes a half."""
+    if (value.dtype == tl.float64) & ((DTYPE == tl.float16) | (DTYPE == tl.bfloat16)):
+        value = value.to(tl.float32)
+    return value.to(DTYPE)
+
+
+@triton.jit
 def run_elements(
     bases,
     sources,
@@ -96,7 +104,7 @@ def run_elements(
         pointer = pointers[WRITES[k]]
         if (SUMS > 0) & (DIMS > 0):  # for a whole tile they do not fit into the registers
             pointer = locate(base, layout, WRITES[k], index, DTYPES[WRITES[k]], VECTOR, DIMS)
-        value = results[k].to(DTYPES[WRITES[k]])
+        value = rounded_to(results[k], DTYPES[WRITES[k]])
         tl.store(pointer, value, mask=inside & (zero + base != 0))
     for k in tl.static_range(SUMS):
         term = tl.where(inside, results[len(WRITES) + k].to(tl.float64), 0.0)

@@ -340,7 +340,7 @@ def differing(run, other):
             found.append(f"{name}: {t.dtype} {t.stride()}, not {o.dtype} {o.stride()}")
         elif not torch.equal(bits(t), bits(o)):
             count = int((bits(t) != bits(o)).sum())
-            most = float((t.detach() - o.detach()).abs().max())
+            most = float((t.detach().cpu() - o.detach().cpu()).abs().max())
             found.append(f"{name}: {count} of {t.numel()} elements differ, by at most {most:.3g}")
     return found
 

@@ -37,6 +37,7 @@ def no_waiting():
 
 def kernels_of(step):
     """Names of our kernels that a step runs, and of torch's."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # conftest's, by kernels of torch's
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
