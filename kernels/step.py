@@ -53,7 +53,7 @@ def locate(
 @triton.jit
 def rounded_to(value, DTYPE: tl.constexpr):
     """As torch rounds: a float64 becomes a float32 before it becomes a half."""
-    if (value.dtype == tl.float64) & ((DTYPE == tl.float16) | (DTYPE == tl.bfloat16)):
+    if (value.dtype == tl.float64) & (DTYPE.primitive_bitwidth == 16):
         value = value.to(tl.float32)
     return value.to(DTYPE)
 
