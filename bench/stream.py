@@ -20,6 +20,7 @@ import torch
 from bench.timing import Contestant, nothing
 
 NUMEL = 2**25  # 128 MiB a buffer: several times an ordinary last-level cache
+LAUNCHED = 8  # times as many on a GPU, so that a launch from Python is nothing beside them
 PASSES = 3  # calls of the C loop in a step, so that starting the threads is nothing beside them
 
 
@@ -48,7 +49,8 @@ class Stream:
     """Buffers and a way to stream through them; `how` names the way, `bytes` its traffic a step."""
 
     def __init__(self, device: torch.device):
-        self.buffers = [torch.ones(NUMEL, device=device) for _ in range(3)]
+        self.numel = NUMEL * (LAUNCHED if device.type == "cuda" else 1)
+        self.buffers = [torch.ones(self.numel, device=device) for _ in range(3)]
         self.function = None if device.type == "cuda" else compiled()
         self.prepare = nothing if self.function is None else wait_for_threads
         way = self._by_triton if device.type == "cuda" else self._by_c
@@ -64,7 +66,7 @@ class Stream:
             from bench.stream_gpu import stream
         except ModuleNotFoundError:
             return None
-        return 5 * 4 * NUMEL, "Triton kernel", lambda: stream(*self.buffers)
+        return 5 * 4 * self.numel, "Triton kernel", lambda: stream(*self.buffers)
 
     def _by_c(self) -> tuple | None:
         """Each thread streams through its own part several times; ctypes lets go of the GIL.
@@ -98,4 +100,4 @@ class Stream:
             m.add_(g)
             p.sub_(m)
 
-        return 6 * 4 * NUMEL, "torch operators", step
+        return 6 * 4 * self.numel, "torch operators", step

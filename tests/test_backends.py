@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from torch.nn import Parameter
 import fused_momentum
 from fused_momentum import native, reference
 from fused_momentum.backends import PREFERENCE, backends, check_request, choose
+from fused_momentum.plan import Watch, _device_types
+from fused_momentum.rules import RULES
 
 OURS = pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
 REASON = "no compiled code today"
@@ -168,3 +171,29 @@ def test_the_reason_is_remembered_and_says_what_to_do():
     assert native.load()[1] is reason, "the load is tried only once"
     with pytest.raises(RuntimeError, match=REASON):
         native.rule_number("sgd")
+
+
+# --- without a gradient, and in a capture ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [(["cuda"], ["cuda"]), (["cuda", "cpu"], ["cpu", "cuda"]), (["meta"], ["cpu"]), ([], ["cpu"])],
+)
+def test_parameters_without_gradients_keep_to_their_devices(devices, expected):
+    """A step before the first gradient asks no back-end for tensors that are elsewhere."""
+    params = [SimpleNamespace(grad=None, device=torch.device(device)) for device in devices]
+    assert _device_types([{"params": params}]) == expected
+
+
+def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch):
+    """It would end the capture; whether there is something to measure is then unknown: yes."""
+    walk = SimpleNamespace(measures=lambda: True, settle=lambda positions: None)
+    watch = Watch(RULES["sgd_sai"], walk)
+    asked = []
+    event = SimpleNamespace(query=lambda: asked.append(1) or True)
+    watch._asked = (event, [], [], torch.zeros(0, 3))
+    for capturing, expected in ((True, []), (False, [1])):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert watch.measures()
+        assert asked == expected

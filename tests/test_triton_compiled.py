@@ -292,3 +292,12 @@ def test_a_learning_rate_on_the_device_has_a_kernel_of_its_own(driver, tmp_path)
     table.set_hyper(hyper)
     update(rule, table)
     assert len(kernels.launch._compiled) == 2
+
+
+def test_a_float64_is_rounded_to_a_half_by_way_of_float32(driver, monkeypatch):
+    """As torch does it; Triton by itself rounds once, and some halves differ."""
+    monkeypatch.setitem(SIGNATURES, "f64_state_f16", (F64, F16))
+    update(RULES["sgd"], table_of(RULES["sgd"], "f64_state_f16"))
+    found = re.findall(r"cvt\.\S*f16\S*", compiled().asm["ptx"])
+    assert any(".f16x2.f32" in op or ".f16.f32" in op for op in found), found
+    assert not any(".f16.f64" in op for op in found), found
