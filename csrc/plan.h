@@ -75,10 +75,10 @@ class Plan {
                            const std::vector<int64_t>& first);
 
   // Whether a tensor of this step may have something to measure; the positions of those that may,
-  // where that depends on kept numbers; those that are known to be settled now.
+  // where that depends on kept numbers; that the one here has nothing while these are its numbers.
   bool measures() const;
   std::vector<int64_t> unsettled() const;
-  void settle(const std::vector<int64_t>& positions);
+  void settle(int64_t position, const py::list& kept);
   // The kept numbers of a tensor (None: absent), and its hyper-parameters.
   std::pair<py::list, std::vector<double>> kept(int64_t position) const;
 

@@ -32,8 +32,13 @@ std::vector<int64_t> Plan::unsettled() const {
   return positions;
 }
 
-void Plan::settle(const std::vector<int64_t>& positions) {
-  for (int64_t position : positions) entries_.at(position).settled = true;
+void Plan::settle(int64_t position, const py::list& kept) {
+  if (size_t(position) >= entries_.size()) return;
+  const py::object* known = &states_[position * state_keys_.size() + info_.states];
+  bool same = true;
+  for (int k = 0; k < info_.kept; k++)
+    same &= (known[k] ? known[k].ptr() : Py_None) == PyList_GET_ITEM(kept.ptr(), k);
+  entries_[position].settled |= same;
 }
 
 std::pair<py::list, std::vector<double>> Plan::kept(int64_t position) const {

@@ -45,17 +45,18 @@ class Watch:
 
     def __init__(self, rule: Rule, walk: Any):
         self._rule, self._walk = rule, walk
-        # Numbers on their way to the host: (arrived, positions, hyper-parameters, numbers).
-        self._asked: tuple[torch.cuda.Event | None, list, list, torch.Tensor] | None = None
+        # Numbers on their way to the host, of the tensors at these positions that keep them:
+        # (arrived, positions, kept, hyper-parameters, numbers).
+        self._asked: tuple[torch.cuda.Event | None, list, tuple, tuple, torch.Tensor] | None = None
 
     def measures(self) -> bool:
         """Whether a tensor of this step may have something to measure, as far as is known."""
         if self._asked is not None and self._arrived():
-            _, positions, hyper, numbers = self._asked
+            _, *columns, numbers = self._asked
             self._asked = None
-            settled = self._rule.measure.settled
-            rows = zip(positions, hyper, numbers.tolist(), strict=True)
-            self._walk.settle([k for k, h, kept in rows if settled(*h, *kept)])
+            for position, kept, hyper, row in zip(*columns, numbers.tolist(), strict=True):
+                if self._rule.measure.settled(*hyper, *row):
+                    self._walk.settle(position, kept)
         return self._walk.measures()
 
     def _arrived(self) -> bool:
@@ -81,7 +82,7 @@ class Watch:
             numbers = numbers.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._asked = (arrived, positions, list(hyper), numbers)
+        self._asked = (arrived, positions, kept, hyper, numbers)
 
 
 class _Walked:

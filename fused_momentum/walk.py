@@ -189,11 +189,9 @@ class Walk:
         held = self._settled.get(item.position)
         return held is not None and all(map(operator.is_, held, item.kept))
 
-    def settle(self, positions: Sequence[int]) -> None:
-        """These have nothing left to measure while their kept numbers are the same tensors."""
-        for item in self._items:
-            if item.position in positions:
-                self._settled[item.position] = item.kept
+    def settle(self, position: int, kept: Sequence[torch.Tensor | None]) -> None:
+        """The tensor here has nothing left to measure while these are its kept numbers."""
+        self._settled[position] = list(kept)
 
     def kept(self, position: int) -> tuple[list[torch.Tensor | None], list[float]]:
         """The kept numbers of a tensor of this step, and its hyper-parameters."""

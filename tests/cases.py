@@ -297,11 +297,12 @@ class Run:
         return Run(self.variant, self.forms, self.types, backend, state_dict, self.params)
 
     def tensors(self):
-        """Every parameter and every state, by name."""
+        """Every parameter and every state that is a tensor, by name."""
         for i, p in enumerate(self.params):
             yield f"params[{i}]", p
             for key, state in sorted(self.opt.state.get(p, {}).items()):
-                yield f"{key} of params[{i}]", state
+                if isinstance(state, torch.Tensor):
+                    yield f"{key} of params[{i}]", state
 
 
 def nested_parameter(layout):

@@ -1,15 +1,11 @@
 """The plan is cached between steps, and notices whatever changed in between."""
 
 import weakref
-from collections import defaultdict
 
 import pytest
 import torch
 from cases import (
     EXTENSION,
-    FORMS,
-    LAYOUTS,
-    TILE,
     TYPES,
     VARIANTS,
     Run,
@@ -18,215 +14,13 @@ from cases import (
     differing,
     one_thread,  # noqa: F401  a fixture for every test here
     rules,
-    values,
 )
+from events import EVENTS, SOME, assert_untouched, set_grads, start, with_copies
 from torch.nn import Parameter
 
 from fused_momentum import FusedSGD, plan
 
 # --- what is noticed between steps -----------------------------------------------------------
-# An event is done to an optimizer with a plan and to one on the reference, which walks afresh at
-# every step. It returns the tensors that are no longer the optimizer's.
-
-SOME = tuple(FORMS[name] for name in ("7", "1025", "4d", "channels_last", "transposed", "scalar"))
-EVENTS = {}
-
-
-def event(function):
-    EVENTS[function.__name__] = function
-    return function
-
-
-def _state(run, i):
-    return run.opt.state.get(run.params[i], {})
-
-
-def _key(run):
-    return run.variant.rule.states[0].name
-
-
-@event
-def nothing(run):
-    return ()
-
-
-@event
-def grad_is_none(run):
-    run.params[1].grad = None
-
-
-@event
-def grad_strides(run):
-    run.params[4].grad = LAYOUTS["gaps"](run.params[4].grad)
-
-
-@event
-def grad_dtype(run):
-    run.params[1].grad = run.params[1].grad.bfloat16()
-
-
-@event
-def data(run):
-    old = run.params[1].data
-    run.params[1].data = old * 2
-    return [old]
-
-
-@event
-def data_strides(run):
-    old = run.params[4].data
-    run.params[4].data = old.clone(memory_format=torch.contiguous_format)
-    return [old]
-
-
-@event
-def data_dtype(run):
-    old = run.params[1].data
-    run.params[1].data = old.to(torch.bfloat16, copy=True)
-    return [old]
-
-
-@event
-def data_shape(run):
-    old = run.params[1].data
-    run.params[1].data = old.new_ones(3 * TILE)
-    run.params[1].grad = old.new_ones(3 * TILE)
-    for key in [s.name for s in run.variant.rule.states if s.name in _state(run, 1)]:
-        _state(run, 1)[key] = old.new_ones(3 * TILE)
-    return [old]
-
-
-def _replace_state(run, i, change):
-    old = _state(run, i).get(_key(run))
-    if old is None:
-        return []
-    _state(run, i)[_key(run)] = change(old)
-    return [old]
-
-
-@event
-def state(run):
-    return _replace_state(run, 1, lambda old: old * 2)
-
-
-@event
-def state_dtype(run):
-    return _replace_state(run, 1, lambda old: old.to(torch.bfloat16, copy=True))
-
-
-@event
-def state_strides(run):
-    return _replace_state(run, 4, lambda old: old.contiguous() * 2)
-
-
-@event
-def state_data(run):
-    buffer = _state(run, 1).get(_key(run))
-    if buffer is None:
-        return []
-    old, buffer.data = buffer.data, buffer.data * 2
-    return [old]
-
-
-@event
-def state_of_a_parameter(run):
-    run.opt.state[run.params[1]] = {_key(run): torch.full_like(run.params[1], 0.3)}
-
-
-@event
-def state_made_long_ago(run):
-    old = list(_state(run, 1).values())
-    run.opt.state[run.params[1]] = run.spare.pop()
-    return old
-
-
-@event
-def states_exchanged(run):
-    run.opt.state, run.other_state = run.other_state, run.opt.state
-
-
-@event
-def state_before_a_subset_without_it(run):
-    old = [*_replace_state(run, 1, lambda old: old * 2), *_replace_state(run, 2, lambda old: -old)]
-    run.opt.step_params([run.params[2], run.params[4]])
-    return old
-
-
-@event
-def state_deleted(run):
-    old = list(run.opt.state.pop(run.params[1], {}).values())
-    return old
-
-
-@event
-def state_emptied(run):
-    old = list(_state(run, 1).values())
-    _state(run, 1).clear()
-    return old
-
-
-@event
-def all_states_cleared(run):
-    old = [t for s in run.opt.state.values() for t in s.values()]
-    run.opt.state.clear()
-    return old
-
-
-@event
-def parameter(run):
-    old = run.params[1]
-    run.params[1] = run.opt.param_groups[0]["params"][1] = Parameter(torch.ones_like(old))
-    run.params[1].grad = torch.ones_like(old)
-    return [old]
-
-
-@event
-def parameter_list(run):
-    group = run.opt.param_groups[0]
-    group["params"] = list(reversed(group["params"]))
-
-
-@event
-def group(run):
-    moved = run.opt.param_groups[0]["params"].pop()
-    run.opt.add_param_group({"params": [moved], "lr": 0.5, "weight_decay": 0.3})
-
-
-@event
-def group_dict(run):
-    run.opt.param_groups[0] = {**run.opt.param_groups[0], "lr": 0.5}
-
-
-@event
-def learning_rate_and_decay(run):
-    run.opt.param_groups[0].update(lr=torch.tensor(0.02), weight_decay=0.5, maximize=True)
-
-
-@event
-def momentum(run):
-    group = run.opt.param_groups[0]
-    if "beta_cfg" in group:
-        *poles, pole, _, gain, debias = group["beta_cfg"]
-        group["beta_cfg"] = (*poles, 0.5 if pole == 0 else 0, 0, gain, debias)
-    else:
-        group["momentum"] = 0.5 if group["momentum"] == 0 else 0
-
-
-@event
-def number_of_the_step(run):
-    if "step" in _state(run, 1):
-        _state(run, 1)["step"].add_(2)  # in place
-
-
-@event
-def a_subset_first(run):
-    run.opt.step_params(run.params[1:4])
-
-
-@event
-def a_subset_without_gradient(run):
-    run.params[1].grad = None
-    run.opt.step_params([run.params[2], run.params[1]])
 
 
 @compiled
@@ -249,9 +43,9 @@ def test_a_step_that_found_no_memory_for_its_states_can_be_taken_again(rule, bac
     def no_memory(*args):
         raise MemoryError
 
-    runs = [_run(VARIANTS[rule.name], name) for name in (backend, "reference")]
+    runs = [start(VARIANTS[rule.name], name) for name in (backend, "reference")]
     for run in runs:
-        _set_grads(run, 0)
+        set_grads(run, 0)
         for param in run.params:
             run.opt.state[param]["note"] = torch.ones(1)
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
@@ -261,30 +55,15 @@ def test_a_step_that_found_no_memory_for_its_states_can_be_taken_again(rule, bac
     assert not differing(*runs)
 
 
-def _run(variant, backend):
-    run = Run(variant, SOME, TYPES["f32"], backend)
-    run.opt.param_groups[0].update(variant.hyper)
-    run.spare = [{_key(run): torch.full_like(run.params[1], 0.3)} for _ in range(3)]
-    run.other_state = defaultdict(dict)
-    return run
-
-
-def _set_grads(run, step):
-    for i, p in enumerate(run.params):
-        p.grad_dtype = None
-        p.grad = values(p.shape, p.dtype, 100 * step + i).to(p.device, copy=True)
-
-
 def _train(variant, backend, event, at, fresh=True):
-    run, abandoned = _run(variant, backend), []
+    run, abandoned = start(variant, backend), []
     for step in range(5):
         if fresh or step == 0:
-            _set_grads(run, step)
+            set_grads(run, step)
         if step in at:
-            abandoned += [(t.detach(), t.detach().clone()) for t in event(run) or ()]
+            abandoned += with_copies(event(run))
         run.opt.step()
-    for tensor, then in abandoned:
-        assert torch.equal(tensor, then), "written after it was replaced"
+    assert_untouched(abandoned)
     return run
 
 
@@ -310,12 +89,12 @@ def _tables(walk):
 
 @pytest.fixture
 def generations(monkeypatch):
-    """The walk's number and its tables, at every step."""
+    """The walk, its number and its tables, at every step."""
     seen, run = [], plan._Walked.run
 
     def watched(self, walk, amp):
         if hasattr(walk, "generation"):  # the extension's
-            seen.append((walk.generation, _tables(walk)))
+            seen.append((walk, walk.generation, _tables(walk)))
         run(self, walk, amp)
 
     monkeypatch.setattr(plan._Walked, "run", watched)
@@ -331,23 +110,23 @@ def test_the_same_number_means_the_same_tables(rule, event, at, fresh, generatio
     """The launcher packs nothing anew while it stays: it must change with anything they hold."""
     _train(VARIANTS[rule.name], "cpu", event, at, fresh)
     tables_of = {}
-    for generation, tables in generations:
-        assert tables_of.setdefault(generation, tables) == tables
+    for walk, generation, tables in generations:  # that of another walk is another number
+        assert tables_of.setdefault((id(walk), generation), tables) == tables
 
 
 @pytest.mark.skipif(EXTENSION is None, reason="only the extension's walk has a number")
 @rules
 def test_the_number_stays_while_nothing_changes(rule, generations):
-    run = _run(VARIANTS[rule.name], "cpu")
-    _set_grads(run, 0)
+    run = start(VARIANTS[rule.name], "cpu")
+    set_grads(run, 0)
     for step in range(6):
         run.opt.param_groups[0]["lr"] = 0.1 / (1 + step)
         run.opt.step()
-    (first, _), *steady = generations
-    assert len({number for number, _ in steady}) == 1
+    (_, first, _), *steady = generations
+    assert len({number for _, number, _ in steady}) == 1
     run.opt.step_params(run.params[1:3])
     run.opt.step()
-    numbers = [number for number, _ in generations]
+    numbers = [number for _, number, _ in generations]
     assert first < numbers[-3] < numbers[-2] < numbers[-1]
 
 
@@ -366,11 +145,11 @@ def test_gradients_accumulate_in_place_between_steps(rule, backend):
 @rules
 @compiled
 def test_only_the_given_parameters_are_stepped(rule, backend):
-    whole, parts = (_run(VARIANTS[rule.name], backend) for _ in range(2))
+    whole, parts = (start(VARIANTS[rule.name], backend) for _ in range(2))
     for step in range(3):
-        _set_grads(whole, step)
+        set_grads(whole, step)
         whole.opt.step()
-        _set_grads(parts, step)
+        set_grads(parts, step)
         order = [parts.params[i] for i in (4, 0, 1, 5, 3, 2)]
         before = [bits(p) for p in order]
         versions = [p._version for p in order]
