@@ -20,9 +20,9 @@ def event(function):
     return function
 
 
-def start(variant, backend, forms=SOME):
+def start(variant, backend, forms=SOME, **options):
     """A run before its first step."""
-    run = Run(variant, forms, TYPES["f32"], backend)
+    run = Run(variant, forms, TYPES["f32"], backend, **options)
     run.opt.param_groups[0].update(variant.hyper)
     run.other_state = defaultdict(dict)
     # States that are older than any change of theirs.

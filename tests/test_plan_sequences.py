@@ -27,9 +27,9 @@ _steps = st.lists(
 )
 
 
-def _play(variant, backend, forms, steps):
+def _play(variant, backend, forms, steps, flatten):
     """A run, and the errors that were raised in it."""
-    run, abandoned, errors = start(variant, backend, forms), [], []
+    run, abandoned, errors = start(variant, backend, forms, flatten=flatten), [], []
 
     def attempt(action, *args):
         try:
@@ -51,11 +51,16 @@ def _play(variant, backend, forms, steps):
 
 
 @compiled
-@given(variant=st.sampled_from(list(VARIANTS.values())), forms=st.permutations(SOME), steps=_steps)
+@given(
+    variant=st.sampled_from(list(VARIANTS.values())),
+    forms=st.permutations(SOME),
+    steps=_steps,
+    flatten=st.sampled_from([False, False, True, "grads"]),
+)
 @settings(max_examples=250, deadline=None, derandomize=True)
-def test_any_sequence_of_events(backend, variant, forms, steps):
+def test_any_sequence_of_events(backend, variant, forms, steps, flatten):
     (run, errors), (truth, expected) = (
-        _play(variant, name, forms, steps) for name in (backend, "reference")
+        _play(variant, name, forms, steps, flatten) for name in (backend, "reference")
     )
     assert errors == expected
     assert not differing(run, truth)
