@@ -8,7 +8,7 @@ from bench.providers import Provider
 from bench.timing import MIN_ROUNDS
 
 CASE_SHARE = 0.04  # a case gets no more of the time, unless its least number of rounds needs it
-PEER_SHARE = 0.2  # of the time: what one peer may take of it in one case
+PEER_SHARE = 0.1  # of the time: what one peer may take of it in one case
 COMPILE_SHARE = 0.25  # of the time may go into compiling peers
 STEPS = MIN_ROUNDS + 5  # that a provider takes at least: the gate's, one to warm up, one counted
 LARGE = 2**16  # elements a tensor from which elements and not tensors decide the time
@@ -51,7 +51,24 @@ class Budget:
         else:
             costs[1] = seconds / len(shapes)
 
-    def too_long(self, running: list[Provider], shapes: Shapes, dtypes: int) -> str:
+    def fitting(
+        self, running: list[Provider], shapes: Shapes, dtypes: int
+    ) -> tuple[list[Provider], str]:
+        """Those that the remaining time suffices for, and why not all.
+
+        The slowest peer is left out first, so that a late case is compared with the fast ones; none
+        are left where the time does not suffice for ours.
+        """
+        running, why = list(running), ""
+        while reason := self._too_long(running, shapes, dtypes):
+            peers = [p for p in running if not p.is_ours]
+            if not peers:
+                return [], reason
+            running.remove(max(peers, key=lambda peer: self.step(peer, shapes)))
+            why = reason
+        return running, why
+
+    def _too_long(self, running: list[Provider], shapes: Shapes, dtypes: int) -> str:
         """Why a case does not fit, without the peers that are refused; or an empty string."""
         running = [p for p in running if not self.refuse(p, shapes, dtypes)]
         least = STEPS * dtypes * sum(self.step(provider, shapes) for provider in running)

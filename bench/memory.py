@@ -56,7 +56,7 @@ class Mode:
 
 
 def modes(rules: list[str], peers: list[str] | None) -> list[Mode]:
-    """Every provider of the rules in fp32, and our SGD and torch's in their other modes."""
+    """Every provider in fp32, and our SGD and torch's in their other modes; ours first."""
     found, seen = [], set()
     for rule in rules:
         for provider in chosen(RULES[rule], peers):
@@ -76,7 +76,7 @@ def modes(rules: list[str], peers: list[str] | None) -> list[Mode]:
                 Mode("sgd", mode.provider, "flatten", options={"flatten": True}),
                 Mode("sgd", mode.provider, "flatten grads", options={"flatten": "grads"}),
             ]
-    return found
+    return sorted(found, key=lambda mode: not mode.provider.is_ours)
 
 
 def mode_row(mode: Mode, device: torch.device, reason: str = "") -> dict:

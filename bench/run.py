@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="auto", help="back-end of ours (default: auto)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="default: all; none: no names")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=200, help="time budget of the whole run")
+    parser.add_argument("--seconds", type=float, default=240, help="time budget of the whole run")
     parser.add_argument("--out", type=Path, default=records.RESULTS)
     return parser.parse_args()
 
@@ -61,9 +61,9 @@ def too_large(shapes, dtypes: list[torch.dtype], running: list[Provider], device
 
 def choose(shapes, dtypes: list, race: Race, budget: Budget) -> tuple[list, list, str]:
     """The first dtypes and providers that can run together, and why not all can."""
-    running, dtypes = race.running(), list(dtypes)
-    reason = budget.too_long(running, shapes, len(dtypes))
-    if reason:
+    dtypes = list(dtypes)
+    running, reason = budget.fitting(race.running(), shapes, len(dtypes))
+    if not running:
         return [], running, reason
     while late := too_large(shapes, dtypes, running, race.device):
         reason = late

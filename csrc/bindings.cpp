@@ -43,14 +43,11 @@ void use_cpu_level(const std::string& name) {
 
 std::vector<int64_t> split(const std::vector<int64_t>& numels, int parts) {
   std::vector<Segment> segments(numels.size());
-  std::vector<int64_t> tile_ends, bounds(parts + 1);
-  int64_t cost = 0;
-  for (size_t i = 0; i < numels.size(); i++) {
-    segments[i].numel = numels[i];
-    if (numels[i] != 0) cost += numels[i] + kSegmentCost;
-  }
-  count_tiles(segments, &tile_ends);
-  split_tiles(segments.data(), tile_ends.data(), int64_t(numels.size()), cost, parts,
+  for (size_t i = 0; i < numels.size(); i++) segments[i].numel = numels[i];
+  Tiles tiles;
+  count_tiles(segments, &tiles);
+  std::vector<int64_t> bounds(parts + 1);
+  split_tiles(segments.data(), tiles.ends.data(), int64_t(numels.size()), tiles.cost, parts,
               bounds.data());
   return bounds;
 }

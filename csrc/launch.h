@@ -46,6 +46,7 @@ struct Launch {
   const Segment* segments = nullptr;
   const int64_t* tile_ends = nullptr;  // per segment: number of tiles up to and including it
   int64_t segment_count = 0;
+  int64_t cost = 0;               // see tiles.h; only the CPU's threads share the work by it
   const double* hyper = nullptr;  // rows x the rule's kHyper
   int hyper_stride = 0;
   const double* grad_multiplier = nullptr;  // per row: -1 where maximize, times 1 / loss scale

@@ -13,7 +13,7 @@ void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
   std::vector<Segment> segments(count);
   std::vector<std::unique_ptr<Layout>> layouts(count);
   std::vector<at::Tensor> resolved(count);  // gradients, no longer lazy
-  std::vector<int64_t> tile_ends;
+  Tiles tiles;
   for (size_t i = 0; i < count; i++) {
     std::vector<at::Tensor> tensors;
     for (const auto& stream : streams)
@@ -22,13 +22,14 @@ void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
     describe("params[" + std::to_string(i) + "]", tensors, &segments[i], &layouts[i]);
     segments[i].first = first.at(i) != 0;
   }
-  count_tiles(segments, &tile_ends);
+  count_tiles(segments, &tiles);
   if (count == 0) return;
   Launch launch;
   launch.rule = rule;
   launch.segments = segments.data();
-  launch.tile_ends = tile_ends.data();
+  launch.tile_ends = tiles.ends.data();
   launch.segment_count = int64_t(count);
+  launch.cost = tiles.cost;
   launch.hyper = hyper.data();
   launch.hyper_stride = int(hyper.size());
   launch.grad_multiplier = &grad_multiplier;

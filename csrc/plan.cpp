@@ -33,101 +33,10 @@ Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
   for (const StateKey& key : state_keys_) state_names_.push_back(interned(key.name));
 }
 
-bool Plan::groups_changed(const py::list& groups) const {
-  if (size_t(PyList_GET_SIZE(groups.ptr())) != groups_.size()) return true;
-  for (size_t i = 0; i < groups_.size(); i++) {
-    const Group& group = groups_[i];
-    if (PyList_GET_ITEM(groups.ptr(), i) != group.dict.ptr()) return true;
-    PyObject* params = PyDict_GetItemWithError(group.dict.ptr(), params_key_.ptr());
-    if (params == nullptr || !PyList_Check(params) ||
-        PyList_GET_SIZE(params) != group.end - group.begin)
-      return true;
-    for (int64_t k = 0; k < group.end - group.begin; k++)
-      if (PyList_GET_ITEM(params, k) != entries_[group.begin + k].param.ptr()) return true;
-  }
-  return false;
-}
-
-void Plan::read_groups(const py::list& groups) {
-  groups_.clear();
-  entries_.clear();
-  position_of_.clear();
-  segments_.clear();
-  state_items_.clear();
-  state_ = nullptr;
-  for (const py::handle& item : groups) {
-    Group group{py::reinterpret_borrow<py::object>(item), int64_t(entries_.size()), 0};
-    for (const py::handle& param : py::list(group.dict[params_key_])) {
-      TORCH_CHECK_TYPE(THPVariable_Check(param.ptr()), "param_groups[", groups_.size(),
-                       "]['params'][", int64_t(entries_.size()) - group.begin, "] is a ",
-                       Py_TYPE(param.ptr())->tp_name, "; needed: a tensor");
-      position_of_.emplace_back(param.ptr(), int64_t(entries_.size()));
-      Entry entry;
-      entry.param = py::reinterpret_borrow<py::object>(param);
-      entries_.push_back(std::move(entry));
-      Segment segment;
-      segment.row = int32_t(groups_.size());
-      segments_.push_back(segment);
-    }
-    group.end = int64_t(entries_.size());
-    groups_.push_back(std::move(group));
-  }
-  std::sort(position_of_.begin(), position_of_.end());
-  entries_.shrink_to_fit();
-  segments_.shrink_to_fit();
-  position_of_.shrink_to_fit();
-  states_.assign(entries_.size() * state_keys_.size(), py::object());
-  steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
-  layouts_.clear();
-  tiles_changed_ = true;
-  generation_++;
-}
-
-void Plan::read_state(const py::dict& state) {
-  if (state.ptr() == state_ && version_of(state_) < state_version_) return;
-  state_ = state.ptr();
-  state_version_ = 0;  // a state[param] that is new there may be an old dict
-  state_is_newer_ = true;
-  // The dict keeps its order, so one pass over its items tells whether any state[param] is another.
-  bool changed = size_t(PyDict_Size(state.ptr())) != state_items_.size();
-  PyObject *key, *value;
-  Py_ssize_t at = 0;
-  for (size_t i = 0; !changed && PyDict_Next(state.ptr(), &at, &key, &value); i++)
-    changed = state_items_[i].first != key || state_items_[i].second != value;
-  if (!changed) return;
-  state_items_.clear();
-  for (Entry& entry : entries_) entry.state = nullptr;
-  for (at = 0; PyDict_Next(state.ptr(), &at, &key, &value);) {
-    state_items_.emplace_back(key, value);
-    const int64_t position = find(key);
-    if (position >= 0 && PyDict_Check(value)) entries_[position].state = value;
-  }
-  state_items_.shrink_to_fit();
-}
-
-// The position of a parameter, or -1.
-int64_t Plan::find(PyObject* param) const {
-  const auto found =
-      std::lower_bound(position_of_.begin(), position_of_.end(), std::make_pair(param, int64_t(0)));
-  return found != position_of_.end() && found->first == param ? found->second : -1;
-}
-
-int Plan::group_of(int64_t position) const {
-  const auto after =
-      std::upper_bound(groups_.begin(), groups_.end(), position,
-                       [](int64_t position, const Group& group) { return position < group.begin; });
-  return int(after - groups_.begin()) - 1;
-}
-
-std::string Plan::name_of(int64_t position) const {
-  const int group = group_of(position);
-  return "param_groups[" + std::to_string(group) + "]['params'][" +
-         std::to_string(position - groups_[group].begin) + "]";
-}
-
 // The tensor takes no part in this step: it has no tiles.
 void Plan::sit_out(int64_t position) {
   entries_[position].key = 0;
+  versioned_[position] = nullptr;
   if (segments_[position].numel == 0) return;
   segments_[position].numel = 0;
   tiles_changed_ = true;
@@ -146,6 +55,7 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
 struct Plan::Known {
   const Entry* entries;
   Segment* segments;
+  c10::TensorImpl** versioned;
   const uint32_t* needed;
   const py::object *states, *state_names, *steps;  // steps: nullptr where none are counted
   int keys, states_of_rule, kept_itemsize;
@@ -154,6 +64,7 @@ struct Plan::Known {
   explicit Known(Plan* plan)
       : entries(plan->entries_.data()),
         segments(plan->segments_.data()),
+        versioned(plan->versioned_.data()),
         needed(plan->needed_.data()),
         states(plan->states_.data()),
         state_names(plan->state_names_.data()),
@@ -214,7 +125,8 @@ struct Plan::Known {
     const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
     const at::Tensor* const found = grad_of(param);
     if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
-    const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
+    c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
+    versioned[position] = versioned_by(impl);
     if (!has_sizes(impl) || !has_sizes(grad) ||
         entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
       return Found::changed;
@@ -281,6 +193,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
   const uint32_t needed = needed_[segments_[position].row];
+  versioned_[position] = versioned_by(param.unsafeGetTensorImpl());
   entry.key = lazy ? 1 : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(), needed);
 }
 
@@ -320,19 +233,6 @@ void Plan::prepare_kept(int64_t position, const at::Tensor& param) {
   }
 }
 
-std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
-  std::vector<int64_t> positions;
-  for (const py::handle& param : subset) {
-    const int64_t position = find(param.ptr());
-    TORCH_CHECK_VALUE(position >= 0, "params[", positions.size(),
-                      "] is not a parameter of this optimizer");
-    TORCH_CHECK_VALUE(std::find(positions.begin(), positions.end(), position) == positions.end(),
-                      "params[", positions.size(), "] is given twice");
-    positions.push_back(position);
-  }
-  return positions;
-}
-
 std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& state,
                                      const std::optional<py::list>& subset, double grad_multiplier,
                                      const std::vector<int64_t>& first) {
@@ -345,7 +245,7 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
 #ifdef FUSED_MOMENTUM_CUDA
   cuda_scalars_.clear();
 #endif
-  for (int64_t position : first) segments_[position].first = true;
+  for (int64_t position : first) segments_[position].first = begins_ = true;
   generation_ += !first.empty() || subset || !all_;  // subsets are not compared
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
@@ -381,9 +281,9 @@ int64_t Plan::bytes() const {
     return int64_t(list.capacity() * sizeof(*list.data()));
   };
   int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(segments_) +
-                  bytes_of(tile_ends_) + bytes_of(state_items_) + bytes_of(position_of_) +
-                  bytes_of(steps_) + bytes_of(changed_) + bytes_of(tensor_scalars_) +
-                  bytes_of(tile_sums_);
+                  bytes_of(tiles_.ends) + bytes_of(state_order_) + bytes_of(by_address_) +
+                  bytes_of(steps_) + bytes_of(changed_) + bytes_of(versioned_) +
+                  bytes_of(tensor_scalars_) + bytes_of(tile_sums_);
   total += int64_t(layouts_.size()) * (sizeof(Layout) + 64);  // and a node of the map
   return total;
 }

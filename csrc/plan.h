@@ -18,6 +18,7 @@
 
 #include "launch.h"
 #include "rule_info.h"
+#include "tiles.h"
 
 #ifdef FUSED_MOMENTUM_CUDA
 #include "cuda/launch_cuda.h"
@@ -170,8 +171,7 @@ class Plan {
   std::vector<int64_t> positions_of(const py::list& subset) const;
   template <class F>
   void with_launch(F&& f);
-  Launch describe_launch(const std::vector<Segment>& segments,
-                         const std::vector<int64_t>& tile_ends) const;
+  Launch describe_launch(const std::vector<Segment>& segments, const Tiles& tiles) const;
   template <class F>
   void for_each_chosen(F&& f) const;
   // The same, on the CPU by several threads where there are many; f may not call Python.
@@ -193,10 +193,11 @@ class Plan {
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<py::object> states_;  // entries x state_keys: the tensors the segments point into
-  std::vector<py::object> steps_;   // per entry, where steps are counted
-  std::vector<std::pair<PyObject*, int64_t>> position_of_;  // sorted by address
-  std::vector<std::pair<PyObject*, PyObject*>> state_items_;
+  std::vector<py::object> states_;   // entries x state_keys: the tensors the segments point into
+  std::vector<py::object> steps_;    // per entry, where steps are counted
+  std::vector<int32_t> by_address_;  // positions, sorted by the parameters' addresses
+  // Positions of the parameters in the order of the optimizer's dict; -1: a key that is none.
+  std::vector<int32_t> state_order_;
   // What a dict holds of the state is known where its version is below this one.
   uint64_t state_version_ = 0;
   bool state_is_newer_ = true;  // what it holds may have changed since then
@@ -207,7 +208,7 @@ class Plan {
 
   std::vector<Segment> segments_;
   std::map<int64_t, std::unique_ptr<Layout>> layouts_;  // by position
-  std::vector<int64_t> tile_ends_;
+  Tiles tiles_;
   bool tiles_changed_ = true;
   int64_t moves_ = 0;
   uint64_t generation_ = 1;
@@ -219,6 +220,9 @@ class Plan {
   std::vector<double> tensor_scalars_, tile_sums_;
   bool measures_in_run_ = false;
   std::vector<uint8_t> changed_;  // per entry, whether it must be read anew
+  // Per entry, whose version counter moves with this step; nullptr: it takes no part, or has none.
+  std::vector<c10::TensorImpl*> versioned_;
+  bool begins_ = false;  // a segment may be `first`
   // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
   std::vector<const void*> lr_;
   std::vector<DType> lr_dtype_;
@@ -233,7 +237,7 @@ class Plan {
 
   struct OfDevice {
     std::vector<Segment> segments;
-    std::vector<int64_t> tile_ends;
+    Tiles tiles;
   };
   std::map<int, OfDevice> by_device_;  // the segments of this step, as of
   uint64_t by_device_generation_ = 0;

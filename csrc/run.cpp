@@ -55,16 +55,16 @@ std::pair<py::list, std::vector<double>> Plan::kept(int64_t position) const {
 template <class F>
 void Plan::with_launch(F&& f) {
   std::vector<Segment> segments;
-  std::vector<int64_t> tile_ends;
+  Tiles tiles;
   if (all_) {
-    if (tiles_changed_) count_tiles(segments_, &tile_ends_);
+    if (tiles_changed_) count_tiles(segments_, &tiles_);
     tiles_changed_ = false;
   } else {
     for (int64_t position : chosen_) segments.push_back(segments_[position]);
-    count_tiles(segments, &tile_ends);
+    count_tiles(segments, &tiles);
   }
   const Launch launch =
-      all_ ? describe_launch(segments_, tile_ends_) : describe_launch(segments, tile_ends);
+      all_ ? describe_launch(segments_, tiles_) : describe_launch(segments, tiles);
   if (launch.segment_count == 0) return;
   py::gil_scoped_release without_gil;
   f(launch);
@@ -98,21 +98,21 @@ void Plan::run() {
 }
 
 void Plan::finish() {
-  std::atomic<bool> began{false};
+  c10::TensorImpl* const* versioned = versioned_.data();
   const Entry* entries = entries_.data();
-  Segment* segments = segments_.data();
   const py::object* steps = steps_.empty() ? nullptr : steps_.data();
-  for_each_chosen_in_threads([entries, segments, steps, &began](int64_t position) {
-    if (entries[position].key == 0) return;
-    const at::Tensor& param = THPVariable_Unpack(entries[position].param.ptr());
-    if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
-    if (segments[position].first) {
-      segments[position].first = false;
-      began.store(true, std::memory_order_relaxed);
-    }
-    if (steps) *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
+  for_each_chosen_in_threads([versioned, entries, steps](int64_t position) {
+    if (versioned[position]) versioned[position]->bump_version();
+    if (steps && entries[position].key != 0)
+      *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
   });
-  generation_ += began;
+  if (!begins_) return;
+  for_each_chosen([&](int64_t position) {
+    if (entries_[position].key != 0) segments_[position].first = false;
+  });
+  begins_ =
+      std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.first; });
+  generation_++;
 }
 
 std::vector<Batch> Plan::batches() const {
@@ -131,13 +131,13 @@ std::vector<Batch> Plan::batches() const {
   return batches;
 }
 
-Launch Plan::describe_launch(const std::vector<Segment>& segments,
-                             const std::vector<int64_t>& tile_ends) const {
+Launch Plan::describe_launch(const std::vector<Segment>& segments, const Tiles& tiles) const {
   Launch launch;
   launch.rule = rule_;
   launch.segments = segments.data();
-  launch.tile_ends = tile_ends.data();
+  launch.tile_ends = tiles.ends.data();
   launch.segment_count = int64_t(segments.size());
+  launch.cost = tiles.cost;
   launch.hyper = hyper_.data();
   launch.hyper_stride = int(hyper_keys_.size());
   launch.grad_multiplier = grad_multiplier_.data();

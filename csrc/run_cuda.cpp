@@ -55,7 +55,7 @@ void Plan::sort_by_device() {
     const int index = THPVariable_Unpack(entries_[position].param.ptr()).device().index();
     by_device_[index].segments.push_back(segments_[position]);
   });
-  for (auto& [index, part] : by_device_) count_tiles(part.segments, &part.tile_ends);
+  for (auto& [index, part] : by_device_) count_tiles(part.segments, &part.tiles);
   by_device_generation_ = generation_;
 }
 
@@ -69,7 +69,7 @@ void Plan::on_cuda_devices(const py::function& current_stream,
     const at::Device device(at::kCUDA, at::DeviceIndex(index));
     Part part{device_of(&cuda_devices_, index),
               device,
-              describe_launch(of_device.segments, of_device.tile_ends),
+              describe_launch(of_device.segments, of_device.tiles),
               {},
               stream_of(current_stream, index)};
     std::vector<at::Tensor> alive;

@@ -12,11 +12,25 @@ inline int64_t tiles_of(int64_t numel) {
   return (numel + kTile - 1) / kTile;
 }
 
-inline void count_tiles(const std::vector<Segment>& segments, std::vector<int64_t>* tile_ends) {
-  tile_ends->resize(segments.size());
-  int64_t tiles = 0;
-  for (size_t i = 0; i < segments.size(); i++)
-    (*tile_ends)[i] = tiles += tiles_of(segments[i].numel);
+// What a tensor costs a CPU thread, in elements: a constant besides its own.
+constexpr int64_t kSegmentCost = 32;
+inline int64_t cost_of(int64_t numel) {
+  return numel == 0 ? 0 : numel + kSegmentCost;
+}
+
+struct Tiles {
+  std::vector<int64_t> ends;  // per segment: number of tiles up to and including it
+  int64_t cost = 0;           // of all segments
+};
+
+inline void count_tiles(const std::vector<Segment>& segments, Tiles* tiles) {
+  tiles->ends.resize(segments.size());
+  tiles->cost = 0;
+  int64_t end = 0;
+  for (size_t i = 0; i < segments.size(); i++) {
+    tiles->ends[i] = end += tiles_of(segments[i].numel);
+    tiles->cost += cost_of(segments[i].numel);
+  }
 }
 
 // The segment that tile belongs to: the first whose tile_ends exceeds it.
@@ -32,9 +46,6 @@ inline int64_t segment_of(const int64_t* tile_ends, int64_t segment_count, int64
   return low;
 }
 
-// What a tensor costs a CPU thread besides its elements, in elements.
-constexpr int64_t kSegmentCost = 32;
-
 // Deals the tiles out to `parts` workers so that each gets the same cost: writes parts + 1 tile
 // numbers to `bounds`, where worker k takes the tiles from bounds[k] up to bounds[k + 1].
 inline void split_tiles(const Segment* segments, const int64_t* tile_ends, int64_t segment_count,
@@ -46,7 +57,7 @@ inline void split_tiles(const Segment* segments, const int64_t* tile_ends, int64
     const int64_t first_tile = i == 0 ? 0 : tile_ends[i - 1];
     const int64_t tiles = tile_ends[i] - first_tile;
     if (tiles == 0) continue;
-    const int64_t end = cost + segments[i].numel + kSegmentCost;
+    const int64_t end = cost + cost_of(segments[i].numel);
     for (; part < parts; part++) {
       const int64_t target = total_cost * part / parts;
       if (target >= end) break;

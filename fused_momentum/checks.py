@@ -59,7 +59,7 @@ def check_param(name: str, param: object) -> None:
 
 
 def number_of(group: dict, key: str, choices: tuple[str, ...] = ()) -> float:
-    """The value of a hyper-parameter, or the number of its choice; as csrc/plan.cpp."""
+    """The value of a hyper-parameter, or the number of its choice; as csrc/rows.cpp."""
     value = group[key]
     if choices:
         if value not in choices:

@@ -262,18 +262,33 @@ def test_budget_predicts_from_the_cases_that_ran():
     budget.learn(fused, [(10**7,)] * 10, seconds=0.05)
     budget.learn(fused, [(10,)] * 1000, seconds=0.001)
     assert budget.step(fused, [(10**7,)] * 200) == pytest.approx(1.0002)
-    # Ten steps in each of two dtypes, and a peer gets 20 of 100 s.
-    assert budget.refuse(fused, [(10**7,)] * 190, 2) == ""
-    assert "needs about 21 s, of 20 s" in budget.refuse(fused, [(10**7,)] * 210, 2)
+    # Ten steps in each of two dtypes, and a peer gets 10 of 100 s.
+    assert budget.refuse(fused, [(10**7,)] * 95, 2) == ""
+    assert "needs about 10.5 s, of 10 s" in budget.refuse(fused, [(10**7,)] * 105, 2)
 
 
-def test_budget_refuses_a_case_for_ours_and_only_a_peer_for_a_peer():
+def test_budget_leaves_out_the_slowest_peers_and_a_case_that_is_too_long_for_ours(monkeypatch):
+    clock = iter([0.0] + [95.0] * 50)
+    monkeypatch.setattr("bench.budget.time.monotonic", lambda: next(clock))
+    budget = Budget(seconds=100.0, cases=2)
+    three = [SGD_PEERS[name] for name in (OURS, FUSED, FOR_LOOP)]
+    shapes = [(10**7,)] * 10
+    for provider, seconds in zip(three, (0.1, 0.2, 0.3), strict=True):
+        budget.learn(provider, shapes, seconds)
+    # Ten steps of each in 5 s.
+    assert budget.fitting(three, shapes, 1) == (three[:2], "skipped: needs about 6 s, of 5 s")
+    assert budget.fitting(three, shapes[:1], 1) == (three, "")
+    budget.learn(three[0], shapes, seconds=0.6)
+    assert budget.fitting(three, shapes, 1) == ([], "skipped: needs about 6 s, of 5 s")
+
+
+def test_budget_refuses_only_the_peer_that_takes_more_than_its_share():
     budget, both = Budget(seconds=100.0, cases=2), [SGD_PEERS[OURS], SGD_PEERS[FUSED]]
     shapes = [(10**7,)] * 10
     budget.learn(both[1], shapes, seconds=50.0)
-    assert budget.too_long(both, shapes, 1) == ""
-    budget.learn(both[0], shapes, seconds=50.0)
-    assert "needs about 500 s" in budget.too_long(both, shapes, 1)
+    assert budget.fitting(both, shapes, 1) == (both, "")
+    assert budget.refuse(both[1], shapes, 1) != ""
+    assert budget.refuse(both[0], shapes, 1) == ""
 
 
 def test_budget_refuses_to_compile_for_long_and_learns_how_long_that_is(monkeypatch):

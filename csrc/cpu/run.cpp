@@ -30,17 +30,12 @@ template <class F>
 void for_all_tiles(const Launch& launch, F&& f) {
   const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
   if (tiles == 0) return;
-  int64_t elements = 0, tensors = 0;
-  for (int64_t i = 0; i < launch.segment_count; i++) {
-    elements += launch.segments[i].numel;
-    tensors += launch.segments[i].numel != 0;
-  }
-  const int64_t cost = elements + tensors * kSegmentCost;
   const int parts =
-      int(std::clamp<int64_t>(cost / kElementsPerThread, 1, int64_t(at::get_num_threads())));
+      int(std::clamp<int64_t>(launch.cost / kElementsPerThread, 1, int64_t(at::get_num_threads())));
   if (parts == 1) return f(0, tiles);
   std::vector<int64_t> bounds(parts + 1);
-  split_tiles(launch.segments, launch.tile_ends, launch.segment_count, cost, parts, bounds.data());
+  split_tiles(launch.segments, launch.tile_ends, launch.segment_count, launch.cost, parts,
+              bounds.data());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k++)
       if (bounds[k] < bounds[k + 1]) f(bounds[k], bounds[k + 1]);
@@ -121,11 +116,13 @@ void measure_and_run_cpu(const Launch& launch, double* tile_sums, double* tensor
     Launch part = launch;
     part.segments += begin;
     part.tile_ends = tile_ends.data();
+    part.cost = 0;
     int64_t elements = 0, tiles = 0;
     for (; end < launch.segment_count; end++) {
       const int64_t numel = launch.segments[end].numel;
       if (end > begin && elements + numel > resident) break;
       elements += numel;
+      part.cost += cost_of(numel);
       tile_ends[end - begin] = tiles += tiles_of(numel);
     }
     part.segment_count = end - begin;
