@@ -52,6 +52,23 @@ std::vector<int64_t> split(const std::vector<int64_t>& numels, int parts) {
   return bounds;
 }
 
+// The plan that a Python object holds; nullptr where it has none as yet.
+Plan* plan_of(PyObject* object) {
+  auto held = reinterpret_cast<py::detail::instance*>(object)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<Plan>() : nullptr;
+}
+
+// Nothing is cleared: what refers to a plan is a dict, and breaking one link breaks the circle.
+void take_part_in_garbage_collection(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Plan* plan = plan_of(self);
+    return plan ? plan->traverse(visit, arg) : 0;
+  };
+}
+
 }  // namespace
 }  // namespace fused_momentum
 
@@ -86,7 +103,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("tensor_scalars", &Batch::tensor_scalars)
       .def_property_readonly("kept", &Batch::kept)
       .def_property_readonly("layouts", &Batch::layouts);
-  py::class_<Plan> plan(m, "Plan");
+  py::class_<Plan> plan(m, "Plan", py::custom_type_setup(take_part_in_garbage_collection));
   py::class_<Plan::Todo>(plan, "Todo")
       .def_readonly("missing", &Plan::Todo::missing)
       .def_readonly("devices", &Plan::Todo::devices);

@@ -121,4 +121,13 @@ std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
   return positions;
 }
 
+int Plan::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(read_row_.ptr());
+  for (const Group& group : groups_) Py_VISIT(group.dict.ptr());
+  for (const Entry& entry : entries_) Py_VISIT(entry.param.ptr());
+  for (const py::object& state : states_) Py_VISIT(state.ptr());
+  for (const py::object& step : steps_) Py_VISIT(step.ptr());
+  return 0;
+}
+
 }  // namespace fused_momentum

@@ -130,6 +130,9 @@ class Plan {
   // Bytes that the plan itself holds.
   int64_t bytes() const;
 
+  // For Python's garbage collector: a parameter may refer to its optimizer.
+  int traverse(visitproc visit, void* arg) const;
+
  private:
   struct Group {
     py::object dict;

@@ -1,5 +1,6 @@
 """The plan is cached between steps, and notices whatever changed in between."""
 
+import gc
 import weakref
 
 import pytest
@@ -35,6 +36,22 @@ def test_a_state_that_is_no_longer_needed_is_let_go(backend):
     del opt.state[param]["momentum_buffer"]
     opt.step()
     assert buffer() is None
+
+
+@rules
+@compiled
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_an_optimizer_that_its_parameters_refer_to_is_collected(rule, backend, steps):
+    run = start(VARIANTS[rule.name], backend)
+    for param in run.params:
+        param.optimizer = run.opt
+    for step in range(steps):
+        set_grads(run, step)
+        run.opt.step()
+    gone = [weakref.ref(x) for x in (run.opt, *run.params)]
+    del run, param
+    gc.collect()
+    assert not [x for x in gone if x() is not None]
 
 
 @rules
