@@ -123,22 +123,12 @@ class _Triton:
 
 
 class Plan:
-    """Runs the steps of ``rule`` with the back-end ``request`` (a name, or "auto").
+    """Runs the steps of ``rule`` with the back-end ``request`` (a name, or "auto")."""
 
-    ``on_measured`` is called in steps that measure, or have made states, before the update.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        request: str,
-        dtype: torch.dtype | None,
-        on_measured: Callable[[], None] | None = None,
-    ):
+    def __init__(self, rule: Rule, request: str, dtype: torch.dtype | None):
         self.rule = rule
         self._request = request
         self._dtype = dtype
-        self._on_measured = on_measured
         self._walks: dict[str, Any] = {}  # by kind of device
         self._runners: dict[str, _Walked | _Cuda | _Triton] = {}
         self._watches: dict[str, Watch] = {}
@@ -199,11 +189,13 @@ class Plan:
         params: Sequence[torch.Tensor] | None,
         amp: Amp,
         updates: bool = True,
+        on_measured: Callable[[], None] | None = None,
     ) -> bool:
         """Update every parameter with a gradient, or those of ``params``; all of it or nothing.
 
         Returns False where ``amp`` says that the step must be skipped, as far as that is known
-        without waiting for a device. ``updates=False`` only measures.
+        without waiting for a device. ``updates=False`` only measures. A step that measures, or has
+        made states, calls ``on_measured`` before the update.
         """
         if self.rule.read is not None and torch.cuda.is_initialized():
             _refuse_capture(self.rule)
@@ -227,7 +219,7 @@ class Plan:
         self._settled = not made
         amp = NO_AMP if waits else amp
         if self.rule.measure is not None:
-            self._measure(updates, amp, made)
+            self._measure(updates, amp, made, on_measured)
         if updates:
             for device_type, walk in self._walks.items():
                 self._runners[device_type].run(walk, amp)
@@ -250,13 +242,13 @@ class Plan:
         make_states(self.rule, lacking, state, self._dtype)
         return begin
 
-    def _measure(self, updates: bool, amp: Amp, made: bool) -> None:
+    def _measure(self, updates: bool, amp: Amp, made: bool, on_measured) -> None:
         """Measure, on all devices, what this step's tensors may have left to measure."""
         devices = [t for t in self._walks if self._watches[t].measures()]
         for device_type in devices:
             self._runners[device_type].measure(self._walks[device_type], updates, amp)
-        if (devices or made) and self._on_measured is not None:
-            self._on_measured()
+        if (devices or made) and on_measured is not None:
+            on_measured()
         for device_type in devices if self.rule.measure.settles else ():
             self._watches[device_type].ask()
 

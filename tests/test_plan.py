@@ -56,6 +56,22 @@ def test_an_optimizer_that_its_parameters_refer_to_is_collected(rule, backend, s
 
 @rules
 @compiled
+def test_an_optimizer_is_let_go_at_once(rule, backend):
+    run = start(VARIANTS[rule.name], backend)
+    for step in range(2):
+        set_grads(run, step)
+        run.opt.step()
+    gone = [weakref.ref(run.opt), weakref.ref(run.opt.state[run.params[1]][rule.states[0].name])]
+    gc.disable()
+    try:
+        del run.opt
+        assert not [x for x in gone if x() is not None]
+    finally:
+        gc.enable()
+
+
+@rules
+@compiled
 def test_a_step_that_found_no_memory_for_its_states_can_be_taken_again(rule, backend, monkeypatch):
     def no_memory(*args):
         raise MemoryError

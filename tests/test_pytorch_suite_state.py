@@ -109,6 +109,26 @@ def test_foreign_keys_in_state_do_no_harm(cls, kwargs):
     assert other.state["ema"] == {"decay": 0.5}
 
 
+@subjects
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_users_keep_of_a_parameter_is_loaded(cls, momentum):
+    """As wrappers do that keep slow weights; one parameter is frozen, and has nothing else."""
+    problem = Problem()
+    opts = [make(cls, {}, problem) for _ in range(2)]
+    frozen, *_ = params = opts[0].param_groups[0]["params"]
+    for opt in opts:
+        for group in opt.param_groups:
+            group |= {"momentum": momentum} if "momentum" in group else {}
+        problem.train(opt)
+    opts[0].state.pop(frozen, None)
+    for p in params:
+        opts[0].state[p]["slow"] = p.detach() * 2
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+    for p in params:
+        assert torch.equal(opts[1].state[p]["slow"], opts[0].state[p]["slow"])
+        assert opts[1].state[p].keys() == opts[0].state[p].keys()
+
+
 # --- hooks -----------------------------------------------------------------------------------
 
 
@@ -129,6 +149,13 @@ def test_step_hooks_fire_once_each_and_in_order(cls):
     assert calls == ["global pre", "pre", "post", "global post"]
     opt.step(problem.closure)
     assert len(calls) == 4
+
+
+@subjects
+def test_a_hook_may_give_the_step_its_closure(cls):
+    opt = make(cls, {}, Problem())
+    opt.register_step_pre_hook(lambda opt, args, kwargs: (args, kwargs | {"closure": lambda: 7}))
+    assert opt.step() == 7
 
 
 @subjects

@@ -255,7 +255,7 @@ def _drop_parameter(saved):
 
 
 def _other_state(saved):
-    saved["state"][2] = {"exp_avg": torch.ones(4)}
+    saved["state"] = {2: {"exp_avg": torch.ones(4)}}
 
 
 def _other_shape(saved):

@@ -4,12 +4,13 @@ Most checks say that something around the optimizer changes no bit of the result
 """
 
 import copy
+import sys
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
-from loop import Net, assert_same, subjects, train, undisturbed
+from loop import SUBJECTS, Net, assert_same, subjects, train, undisturbed
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel
 from twin import HEAVY, STEPS, compare, param_floor, torch_sgd
@@ -196,6 +197,38 @@ def test_two_optimizers_in_two_threads(cls, kwargs):
     for thread in threads:
         thread.join()
     alone = Net()
+    train(alone, cls(alone.parameters(), **kwargs), steps)
+    for net in nets:
+        assert_same(net, alone)
+
+
+# A scale by the largest of the model depends on which layers have been seen.
+LAYERWISE = {name: row for name, row in SUBJECTS.items() if name != "sgd_sai_max"}
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), LAYERWISE.values(), ids=LAYERWISE)
+def test_two_threads_that_step_layers_of_one_optimizer(cls, kwargs):
+    """As backward hooks do on two devices: autograd has a thread for each."""
+    steps, nets = range(200), [Net(), Net()]
+    together = [p for net in nets for p in net.parameters()]
+    opt, alone = cls(together, **kwargs), Net()
+
+    def work(net):
+        for _ in steps:
+            for p in net.parameters():
+                p.grad = p.detach() - 1
+                opt.step_params([p])
+
+    threads = [threading.Thread(target=work, args=[net]) for net in nets]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     train(alone, cls(alone.parameters(), **kwargs), steps)
     for net in nets:
         assert_same(net, alone)

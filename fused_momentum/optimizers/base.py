@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -131,7 +132,7 @@ class FusedOptimizer(Optimizer):
             or _global_optimizer_post_hooks
             or profiler._is_profiler_enabled
         ):
-            return self._hooked_step(closure)
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)
 
     # torch wraps `step` of every optimizer class to call hooks and to name the step to the
@@ -159,8 +160,14 @@ class FusedOptimizer(Optimizer):
     def _run(self, params: list[torch.Tensor] | None) -> None:
         # Under torch.compile the update is one graph break: there is nothing to trace in it.
         if torch.compiler.is_compiling():
-            self._update_untraced(params)
+            self._run_untraced(params)
         else:
+            with self._lock:
+                self._update(params)
+
+    @torch._disable_dynamo
+    def _run_untraced(self, params: list[torch.Tensor] | None) -> None:
+        with self._lock:
             self._update(params)
 
     def _update(self, params: list[torch.Tensor] | None) -> bool:
@@ -175,21 +182,18 @@ class FusedOptimizer(Optimizer):
 
     def _plan_step(self, params: list[torch.Tensor] | None, updates: bool = True) -> bool:
         plan = self._plan or self._planned()
-        return plan.step(self.param_groups, self.state, params, self._amp(), updates)
+        # Handed over at each step: a plan that kept it would keep the optimizer alive.
+        on_measured = None if self.rule.measure is None else self._on_measured
+        return plan.step(self.param_groups, self.state, params, self._amp(), updates, on_measured)
 
     def _planned(self) -> Plan:
         if self._plan is None:
             options = self._options
-            on_measured = None if self.rule.measure is None else self._on_measured
-            self._plan = Plan(self.rule, options.backend, options.state_dtype, on_measured)
+            self._plan = Plan(self.rule, options.backend, options.state_dtype)
         return self._plan
 
     def _on_measured(self) -> None:
         """Called in a step that measures, or has made states, before the update."""
-
-    @torch._disable_dynamo
-    def _update_untraced(self, params: list[torch.Tensor] | None) -> None:
-        self._update(params)
 
     def _amp(self) -> Amp:
         """What the GradScaler has set on this optimizer for the step in progress."""
@@ -205,6 +209,8 @@ class FusedOptimizer(Optimizer):
 
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
+        # Backward hooks may step two layers at once: autograd has a thread for each device.
+        self._lock = threading.RLock()
         self._moves_seen = -1
         self._flat_params = flat.Home()
         self._flat_grads = flat.Home()
@@ -277,16 +283,30 @@ class FusedOptimizer(Optimizer):
         for i, values in kept.items():
             if i in param_of and isinstance(values, dict):
                 kept[i] = self._shielded(i, values, param_of[i])
+        self._check_names(kept, state_dict["param_groups"])
         return {**state_dict, "state": kept}
+
+    def _check_names(self, states: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+        """Raise where there are states, and none is of this rule: they are another optimizer's.
+
+        What users keep beside them is let through, and may be all that there is with momentum 0.
+        """
+        names = names_of(self.rule)
+        held = {i: values for i, values in states.items() if isinstance(values, dict) and values}
+        if any(name in values for values in held.values() for name in names):
+            return
+        for group in groups:
+            if all(s.when and group.get(s.when) == 0 for s in (*self.rule.states, *self.rule.kept)):
+                continue
+            for i in held.keys() & set(group["params"]):
+                raise ValueError(
+                    f"state_dict: state of parameter {i} has {sorted(held[i])}; needed: {names}"
+                )
 
     def _shielded(self, i: int, values: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         """The loaded state of parameter ``i``, checked; its tensors in a shell."""
         names, tensors = names_of(self.rule), {s.name for s in self.rule.states}
         values = {key: value for key, value in values.items() if value is not None}
-        if values and not any(name in values for name in names):
-            raise ValueError(
-                f"state_dict: state of parameter {i} has {sorted(values)}; needed: {names}"
-            )
         for name in names:
             if name not in values:
                 continue

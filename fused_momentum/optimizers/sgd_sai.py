@@ -144,8 +144,9 @@ class FusedSGDSaI(FusedOptimizer):
             for p in group["params"]
             if p.requires_grad or p.grad is not None
         ]
-        self._planned().make_states(tensors, self.state)
-        self._plan_step(None, updates=False)
+        with self._lock:
+            self._planned().make_states(tensors, self.state)
+            self._plan_step(None, updates=False)
 
     @torch.no_grad()
     def _on_measured(self) -> None:
