@@ -70,8 +70,9 @@ void describe(const std::string& name, const std::vector<at::Tensor>& streams, S
     if (!streams[s].defined() && segment->dtype[s] != DType::f64) segment->dtype[s] = DType::f32;
     strided.push_back({tensor.sizes().data(), tensor.strides().data()});
   }
-  TORCH_CHECK_TYPE(!param.is_conj() && !param.is_neg(), name,
-                   " is a lazily conjugated view; resolve it with .resolve_conj()");
+  TORCH_CHECK_TYPE(
+      !param.is_conj() && !param.is_neg(), name,
+      " is a lazily conjugated or negated view; resolve it with .resolve_conj().resolve_neg()");
   TORCH_CHECK(at::has_internal_overlap(param) != at::MemOverlap::Yes, name,
               " has elements that share memory (an expanded tensor); give it memory of its own");
   const auto kind = make_layout(int(param.dim()), strided, param.is_complex(), &made);

@@ -55,7 +55,6 @@ void Plan::read_groups(const py::list& groups) {
   by_address_.shrink_to_fit();
   states_.assign(entries_.size() * state_keys_.size(), py::object());
   steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
-  versioned_.assign(entries_.size(), nullptr);
   layouts_.clear();
   tiles_changed_ = true;
   generation_++;

@@ -36,11 +36,6 @@ inline bool has_sizes(const c10::TensorImpl* impl) {
   return !impl->key_set().has_any(others);
 }
 
-// The tensor if it has a version counter: an inference tensor has none.
-inline c10::TensorImpl* versioned_by(c10::TensorImpl* impl) {
-  return impl->is_inference() ? nullptr : impl;
-}
-
 inline uint64_t mix(uint64_t key, uint64_t number) {
   return (key ^ (key >> 31) ^ number) * 0x9e3779b97f4a7c15u;
 }

@@ -36,7 +36,6 @@ Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
 // The tensor takes no part in this step: it has no tiles.
 void Plan::sit_out(int64_t position) {
   entries_[position].key = 0;
-  versioned_[position] = nullptr;
   if (segments_[position].numel == 0) return;
   segments_[position].numel = 0;
   tiles_changed_ = true;
@@ -55,7 +54,6 @@ void Plan::meet(at::DeviceType type, Todo* todo) const {
 struct Plan::Known {
   const Entry* entries;
   Segment* segments;
-  c10::TensorImpl** versioned;
   const uint32_t* needed;
   const py::object *states, *state_names, *steps;  // steps: nullptr where none are counted
   int keys, states_of_rule, kept_itemsize;
@@ -64,7 +62,6 @@ struct Plan::Known {
   explicit Known(Plan* plan)
       : entries(plan->entries_.data()),
         segments(plan->segments_.data()),
-        versioned(plan->versioned_.data()),
         needed(plan->needed_.data()),
         states(plan->states_.data()),
         state_names(plan->state_names_.data()),
@@ -125,8 +122,7 @@ struct Plan::Known {
     const at::Tensor& param = THPVariable_Unpack(entry.param.ptr());
     const at::Tensor* const found = grad_of(param);
     if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
-    c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
-    versioned[position] = versioned_by(impl);
+    const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
     if (!has_sizes(impl) || !has_sizes(grad) ||
         entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
       return Found::changed;
@@ -193,7 +189,6 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   moves_ += before != segments_[position].data[0];
   if (!has_states) todo->missing.push_back(position);
   const uint32_t needed = needed_[segments_[position].row];
-  versioned_[position] = versioned_by(param.unsafeGetTensorImpl());
   entry.key = lazy ? 1 : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(), needed);
 }
 
@@ -282,8 +277,8 @@ int64_t Plan::bytes() const {
   };
   int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(segments_) +
                   bytes_of(tiles_.ends) + bytes_of(state_order_) + bytes_of(by_address_) +
-                  bytes_of(steps_) + bytes_of(changed_) + bytes_of(versioned_) +
-                  bytes_of(tensor_scalars_) + bytes_of(tile_sums_);
+                  bytes_of(steps_) + bytes_of(changed_) + bytes_of(tensor_scalars_) +
+                  bytes_of(tile_sums_);
   total += int64_t(layouts_.size()) * (sizeof(Layout) + 64);  // and a node of the map
   return total;
 }

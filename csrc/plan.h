@@ -223,9 +223,7 @@ class Plan {
   std::vector<double> tensor_scalars_, tile_sums_;
   bool measures_in_run_ = false;
   std::vector<uint8_t> changed_;  // per entry, whether it must be read anew
-  // Per entry, whose version counter moves with this step; nullptr: it takes no part, or has none.
-  std::vector<c10::TensorImpl*> versioned_;
-  bool begins_ = false;  // a segment may be `first`
+  bool begins_ = false;           // a segment may be `first`
   // Per row, a learning rate that a captured graph reads on the device (capturable), or nullptr.
   std::vector<const void*> lr_;
   std::vector<DType> lr_dtype_;

@@ -12,7 +12,7 @@ double number_of(PyObject* value, PyObject* key) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   if (PyBool_Check(value)) return value == Py_True;
   // Asking whether something is a tensor is slow.
-  if (!PyLong_Check(value) && THPVariable_Check(value))
+  if (!PyLong_Check(value) && THPVariable_Check(value) && THPVariable_Unpack(value).numel() == 1)
     return THPVariable_Unpack(value).item().toDouble();
   const double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred()) {

@@ -98,13 +98,14 @@ void Plan::run() {
 }
 
 void Plan::finish() {
-  c10::TensorImpl* const* versioned = versioned_.data();
   const Entry* entries = entries_.data();
   const py::object* steps = steps_.empty() ? nullptr : steps_.data();
-  for_each_chosen_in_threads([versioned, entries, steps](int64_t position) {
-    if (versioned[position]) versioned[position]->bump_version();
-    if (steps && entries[position].key != 0)
-      *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
+  for_each_chosen_in_threads([entries, steps](int64_t position) {
+    if (entries[position].key == 0) return;
+    c10::TensorImpl* param =
+        THPVariable_Unpack(entries[position].param.ptr()).unsafeGetTensorImpl();
+    if (param->version_counter().enabled()) param->bump_version();  // inference tensors have none
+    if (steps) *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
   });
   if (!begins_) return;
   for_each_chosen([&](int64_t position) {

@@ -273,7 +273,8 @@ def test_sparse_gradients_are_refused_by_name():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the import
-def test_sharded_tensors_are_refused_by_name():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_sharded_tensors_are_refused_by_name(backend):
     """Until their sums are taken over all shards; a local scale would be wrong."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -282,7 +283,7 @@ def test_sharded_tensors_are_refused_by_name():
         mesh = init_device_mesh("cpu", (1,))
         p = Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
         p.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
-        optimizer = FusedSGDSaI([p], backend="cpu")
+        optimizer = FusedSGDSaI([p], backend=backend)
         with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[0\] is .*DTensor"):
             optimizer.step()
         assert not optimizer.state

@@ -134,7 +134,7 @@ STEP_ERRORS = {
     "conjugated_param": (
         lambda t: t.replace(Parameter(torch.ones(4, dtype=torch.complex64).conj())),
         TypeError,
-        rf"{BAD} is a lazily conjugated view",
+        rf"{BAD} is a lazily conjugated or negated view",
     ),
     "state_shape": (
         lambda t: _state(t, torch.ones(5)),
@@ -152,6 +152,11 @@ STEP_ERRORS = {
         rf"{BAD} state is on device meta, its parameter on cpu",
     ),
     "text_for_lr": (_hyper(lr="0.1"), TypeError, "lr is a str; needed: a number"),
+    "two_numbers_for_lr": (
+        _hyper(lr=torch.ones(2)),
+        TypeError,
+        "lr is a Tensor; needed: a number or a",
+    ),
     "none_for_momentum": (
         _hyper(momentum=None, beta_cfg=None),
         TypeError,

@@ -210,7 +210,7 @@ class FusedOptimizer(Optimizer):
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
         # Backward hooks may step two layers at once: autograd has a thread for each device.
-        self._lock = threading.RLock()
+        self.__dict__.setdefault("_lock", threading.RLock())
         self._moves_seen = -1
         self._flat_params = flat.Home()
         self._flat_grads = flat.Home()
