@@ -11,6 +11,7 @@ CASE_SHARE = 0.04  # a case gets no more of the time, unless its least number of
 PEER_SHARE = 0.1  # of the time: what one peer may take of it in one case
 COMPILE_SHARE = 0.25  # of the time may go into compiling peers
 STEPS = MIN_ROUNDS + 5  # that a provider takes at least: the gate's, one to warm up, one counted
+BESIDES = 3  # times as long as its steps a case takes: copies, the gate's truth, counting
 LARGE = 2**16  # elements a tensor from which elements and not tensors decide the time
 
 
@@ -71,7 +72,8 @@ class Budget:
     def _too_long(self, running: list[Provider], shapes: Shapes, dtypes: int) -> str:
         """Why a case does not fit, without the peers that are refused; or an empty string."""
         running = [p for p in running if not self.refuse(p, shapes, dtypes)]
-        least = STEPS * dtypes * sum(self.step(provider, shapes) for provider in running)
+        steps = STEPS * dtypes * sum(self.step(provider, shapes) for provider in running)
+        least = BESIDES * steps
         return "" if least <= self.remaining() else self._reason(least, self.remaining())
 
     def refuse(self, provider: Provider, shapes: Shapes, dtypes: int) -> str:

@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="auto", help="back-end of ours (default: auto)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="default: all; none: no names")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--seconds", type=float, default=240, help="time budget of the whole run")
+    parser.add_argument("--seconds", type=float, default=200, help="time budget of the whole run")
     parser.add_argument("--out", type=Path, default=records.RESULTS)
     return parser.parse_args()
 
