@@ -276,7 +276,7 @@ def test_budget_leaves_out_the_slowest_peers_and_a_case_that_is_too_long_for_our
     for provider, seconds in zip(three, (0.03, 0.06, 0.1), strict=True):
         budget.learn(provider, shapes, seconds)
     # Ten steps of each in 5 s, and twice that besides.
-    assert budget.fitting(three, shapes, 1) == (three[:2], "skipped: needs about 5.7 s, of 5 s")
+    assert budget.fitting(three, shapes, 1) == (three[:2], "skipped: needs about 5.71 s, of 5 s")
     assert budget.fitting(three, shapes[:1], 1) == (three, "")
     budget.learn(three[0], shapes, seconds=0.2)
     assert budget.fitting(three, shapes, 1) == ([], "skipped: needs about 6 s, of 5 s")
