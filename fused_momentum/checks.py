@@ -23,11 +23,6 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
             f"{name} is a nested tensor; these are not supported (optimize the dense parameters "
             "behind it)"
         )
-    if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
-        raise TypeError(
-            f"{name} is a tensor subclass without storage of its own (such as DTensor); give its "
-            "local tensor"
-        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
     if tensor.device != param.device:
@@ -52,6 +47,11 @@ def check_param(name: str, param: object) -> None:
     if not isinstance(param, torch.Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}; needed: a tensor")
     check_tensor(name, param, param)
+    if torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python):
+        raise TypeError(
+            f"{name} is a tensor subclass without storage of its own (such as DTensor); give its "
+            "local tensor"
+        )
     if param.is_conj() or param.is_neg():
         raise TypeError(
             f"{name} is a lazily conjugated or negated view; resolve it with "
