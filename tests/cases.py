@@ -293,8 +293,11 @@ class Run:
 
     def continued_by(self, backend):
         """The same training from here on, by an optimizer that loads this one's checkpoint."""
-        state_dict = self.opt.state_dict()
-        return Run(self.variant, self.forms, self.types, backend, state_dict, self.params)
+        state_dict, params = self.opt.state_dict(), self.params
+        if (device := device_of(backend)) != device_of(self.backend):
+            pairs = zip(self.forms, params, strict=True)
+            params = [Parameter(LAYOUTS[f.layout](p.detach().to(device))) for f, p in pairs]
+        return Run(self.variant, self.forms, self.types, backend, state_dict, params)
 
     def tensors(self):
         """Every parameter and every state that is a tensor, by name."""
