@@ -72,8 +72,8 @@ class Budget:
     def _too_long(self, running: list[Provider], shapes: Shapes, dtypes: int) -> str:
         """Why a case does not fit, without the peers that are refused; or an empty string."""
         running = [p for p in running if not self.refuse(p, shapes, dtypes)]
-        steps = STEPS * dtypes * sum(self.step(provider, shapes) for provider in running)
-        least = BESIDES * steps
+        steps = sum(self.step(provider, shapes) for provider in running)
+        least = BESIDES * STEPS * dtypes * steps
         return "" if least <= self.remaining() else self._reason(least, self.remaining())
 
     def refuse(self, provider: Provider, shapes: Shapes, dtypes: int) -> str:

@@ -167,8 +167,7 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def _run_untraced(self, params: list[torch.Tensor] | None) -> None:
-        with self._lock:
-            self._update(params)
+        self._run(params)
 
     def _update(self, params: list[torch.Tensor] | None) -> bool:
         """Update all parameters, or these; return False where the step was skipped."""
