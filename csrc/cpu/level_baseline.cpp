@@ -9,16 +9,10 @@
 
 namespace fused_momentum::cpu {
 namespace {
+#include "measure.h"
 #include "pass.h"
 }  // namespace
 
-void run_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end) {
-  run_tiles_here(launch, tile, tile_end);
-}
-
-void measure_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end,
-                            double* tile_sums) {
-  measure_tiles_here(launch, tile, tile_end, tile_sums);
-}
+const Passes baseline = {run_tiles_here, measure_tiles_here};
 
 }  // namespace fused_momentum::cpu

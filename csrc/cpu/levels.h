@@ -1,4 +1,4 @@
-// The generic pass compiled for several instruction-set levels; one is chosen when the program
+// The generic passes compiled for several instruction-set levels; one is chosen when the program
 // runs, so an installed build needs no -march and every level gives the same bits.
 #pragma once
 
@@ -6,29 +6,30 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FM_X86_LEVELS 1
+#if defined(__clang__) || __GNUC__ >= 10
+#define FM_X86_BF16_LEVEL 1
+#endif
 #endif
 
 namespace fused_momentum::cpu {
 
-using RunTiles = void (*)(const Launch& launch, int64_t tile, int64_t tile_end);
-// The measuring pass: sums of tile t go to tile_sums[k * tiles + t].
-using MeasureTiles = void (*)(const Launch& launch, int64_t tile, int64_t tile_end,
-                              double* tile_sums);
+struct Passes {
+  void (*run_tiles)(const Launch& launch, int64_t tile, int64_t tile_end);
+  // The measuring pass: sums of tile t go to tile_sums[k * tiles + t].
+  void (*measure_tiles)(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums);
+};
 
-void run_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end);
-void measure_tiles_baseline(const Launch& launch, int64_t tile, int64_t tile_end,
-                            double* tile_sums);
+extern const Passes baseline;
 #ifdef FM_X86_LEVELS
-void run_tiles_avx2(const Launch& launch, int64_t tile, int64_t tile_end);
-void measure_tiles_avx2(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums);
-void run_tiles_avx512(const Launch& launch, int64_t tile, int64_t tile_end);
-void measure_tiles_avx512(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums);
+extern const Passes avx2, avx512;
+#endif
+#ifdef FM_X86_BF16_LEVEL
+extern const Passes avx512_bf16;
 #endif
 
 struct Level {
   const char* name;
-  RunTiles run_tiles;
-  MeasureTiles measure_tiles;
+  const Passes& passes;
   bool supported;
 };
 

@@ -1,8 +1,10 @@
-// The generic passes of the CPU: load, cast, RULE, cast, store, for any rule of the table. This
+// The generic pass of the CPU: load, cast, RULE, cast, store, for any rule of the table. This
 // text is compiled once per instruction-set level, each time inside an anonymous namespace of a
 // file that has set its target, so nothing here may be visible to the linker.
+#pragma once
 
 #include "codec.h"
+#include "lanes.h"
 
 // Elements that a pass keeps in the first-level cache while it converts them.
 constexpr int kBlock = 512;
@@ -49,9 +51,9 @@ __attribute__((always_inline)) inline Scalars in_setting(Scalars scalars) {
 // The loop: P, G and S are the codecs of the parameter, the gradient and the states. Streams that
 // are not needed have no address.
 template <class Rule, class T, class P, class G, class S, size_t... I>
-__attribute__((always_inline)) inline void update(void* const* at, int64_t n, T grad_multiplier,
-                                                  const typename Rule::template Scalars<T>& scalars,
-                                                  std::index_sequence<I...>) {
+__attribute__((always_inline)) inline void update_each(
+    void* const* at, int64_t n, T grad_multiplier,
+    const typename Rule::template Scalars<T>& scalars, std::index_sequence<I...>) {
   const unsigned states = needed<Rule, Rule>(scalars) >> 2, written = states & Rule::kWrites;
   auto* p = static_cast<typename P::storage*>(at[0]);
   const auto* g = static_cast<const typename G::storage*>(at[1]);
@@ -68,9 +70,31 @@ __attribute__((always_inline)) inline void update(void* const* at, int64_t n, T 
   }
 }
 
-// Asks for elements [begin, end) of the streams I of a segment that are needed, whose elements have
-// `sizes` bytes; none is wider than T.
-template <class T, size_t... I>
+// The same, as many at a time as there are lanes; n is a multiple of that.
+template <class Rule, class T, class P, class G, class S, size_t... I>
+__attribute__((always_inline)) inline void update_lanes(
+    void* const* at, int64_t n, T grad_multiplier,
+    const typename Rule::template Scalars<T>& scalars, std::index_sequence<I...> index) {
+  const unsigned states = needed<Rule, Rule>(scalars) >> 2, written = states & Rule::kWrites;
+  auto* p = static_cast<typename P::storage*>(at[0]);
+  const auto* g = static_cast<const typename G::storage*>(at[1]);
+  typename S::storage* const state[] = {static_cast<typename S::storage*>(at[2 + I])...};
+  constexpr int count = Lanes<P>::kCount;
+  for (int64_t begin = 0; begin < n; begin += count) {
+    alignas(64) T lanes[2 + sizeof...(I)][count];  // which the compiler keeps in registers
+    Lanes<P>::load(P{}, p + begin, lanes[0]);
+    Lanes<P>::load(G{}, g + begin, lanes[1]);
+    ((states >> I & 1 ? Lanes<P>::load(S{}, state[I] + begin, lanes[2 + I]) : void()), ...);
+    void* const loaded[] = {lanes[0], lanes[1], lanes[2 + I]...};
+    update_each<Rule, T, f32, f32, f32>(loaded, count, grad_multiplier, scalars, index);
+    ((written >> I & 1 ? Lanes<P>::store(S{}, lanes[2 + I], state[I] + begin) : void()), ...);
+    Lanes<P>::store(P{}, lanes[0], p + begin);
+  }
+}
+
+// Asks for elements [begin, end) of the streams I of a segment that are needed, `step` at a time;
+// their elements have `sizes` bytes, and none is wider than T.
+template <class T, int step, size_t... I>
 __attribute__((always_inline)) inline void prefetch(const Segment& segment, int64_t begin,
                                                     int64_t end, unsigned streams, const int* sizes,
                                                     std::index_sequence<I...>) {
@@ -78,8 +102,11 @@ __attribute__((always_inline)) inline void prefetch(const Segment& segment, int6
   const char* data[] = {static_cast<const char*>(segment.data[streams >> I & 1 ? I : 1])...};
   const int64_t size[] = {(streams >> I & 1 ? sizes[I] : 0)...};
   if (end > segment.numel) end = segment.numel;
-  for (int64_t i = begin; i < end; i += 64 / sizeof(T))
-    (__builtin_prefetch(data[I] + i * size[I]), ...);
+  for (int64_t i = begin; i < end; i += step)
+    for (int line = 0; line < step * int(sizeof(T)); line += 64)
+      ((line == 0 || line < step * size[I] ? __builtin_prefetch(data[I] + i * size[I] + line)
+                                           : void()),
+       ...);
 }
 
 // Elements [begin, begin + n) of a segment as values of type T, n <= kSize: where they lie, or
@@ -165,8 +192,8 @@ __attribute__((noinline)) void update_blocks(const Segment& segment, const Segme
   for (; begin < end; begin += kBlock) {
     const int n = end - begin < kBlock ? int(end - begin) : kBlock;
     values.read(segment, begin, n, with.streams);
-    update<Rule, T, Native, Native, Native>(values.at, n, with.grad_multiplier, with.scalars,
-                                            std::make_index_sequence<Rule::kStates>{});
+    update_each<Rule, T, Native, Native, Native>(values.at, n, with.grad_multiplier, with.scalars,
+                                                 std::make_index_sequence<Rule::kStates>{});
     values.write(segment, begin, n, with.streams & written);
   }
 }
@@ -175,6 +202,25 @@ __attribute__((noinline)) void update_blocks(const Segment& segment, const Segme
 template <class P, class G, class S>
 constexpr DType dtype_of(int s) {
   return s == 0 ? P::dtype : s == 1 ? G::dtype : S::dtype;
+}
+
+// Where the elements from `begin` on of a segment's streams lie, which are stored as P, G, S.
+template <class P, class G, class S, int count>
+inline void find_streams(const Segment& segment, int64_t begin, void* (&at)[count]) {
+  for (int s = 0; s < count; s++)
+    at[s] = static_cast<char*>(segment.data[s]) + begin * itemsize_of(dtype_of<P, G, S>(s));
+}
+
+// Updates elements [begin, end) of a segment, too few to fill the lanes. Out of line: what it needs
+// in registers is in nobody's way.
+template <class Rule, class T, class P, class G, class S, unsigned setting>
+__attribute__((noinline)) void update_rest(const Segment& segment, int64_t begin, int64_t end,
+                                           const Update<Rule, T>& with) {
+  void* at[2 + Rule::kStates];
+  find_streams<P, G, S>(segment, begin, at);
+  update_each<Rule, T, P, G, S>(at, end - begin, with.grad_multiplier,
+                                in_setting<Rule, setting>(with.scalars),
+                                std::make_index_sequence<Rule::kStates>{});
 }
 
 // Updates elements [begin, end) of a segment where they lie, stored as P, G, S.
@@ -186,23 +232,31 @@ __attribute__((noinline)) void update_in_place(const Segment& segment, const Seg
                                                int64_t begin, int64_t end,
                                                const Update<Rule, T>& with) {
   constexpr int count = 2 + Rule::kStates;
+  constexpr std::make_index_sequence<Rule::kStates> states;
   const auto scalars = in_setting<Rule, setting>(with.scalars);
   const unsigned streams = needed<Rule, Rule>(scalars) | 3;
   int sizes[count];
   for (int s = 0; s < count; s++) sizes[s] = itemsize_of(dtype_of<P, G, S>(s));
+  constexpr int step = 64 / itemsize_of(P::dtype);  // no stream that is stored so is narrower
   const int64_t last = end - begin < kTile ? end - begin : kTile;
   const int64_t near = (end - last + kAhead - 1) & -kAhead;
   while (begin < end) {
     int64_t size = near - begin;
     if (size <= 0) {
-      prefetch<T>(next, begin - near, begin - near + kAhead, streams, sizes,
-                  std::make_index_sequence<count>{});
+      prefetch<T, step>(next, begin - near, begin - near + kAhead, streams, sizes,
+                        std::make_index_sequence<count>{});
       size = end - begin < kAhead ? end - begin : kAhead;
     }
     void* at[count];
-    for (int s = 0; s < count; s++) at[s] = static_cast<char*>(segment.data[s]) + begin * sizes[s];
-    update<Rule, T, P, G, S>(at, size, with.grad_multiplier, scalars,
-                             std::make_index_sequence<Rule::kStates>{});
+    find_streams<P, G, S>(segment, begin, at);
+    if constexpr (Lanes<P>::kCount == 0) {
+      update_each<Rule, T, P, G, S>(at, size, with.grad_multiplier, scalars, states);
+    } else {
+      const int64_t rest = size & (Lanes<P>::kCount - 1);
+      update_lanes<Rule, T, P, G, S>(at, size - rest, with.grad_multiplier, scalars, states);
+      if (rest != 0)
+        update_rest<Rule, T, P, G, S, setting>(segment, begin + size - rest, begin + size, with);
+    }
     begin += size;
   }
 }
@@ -253,87 +307,6 @@ inline void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t 
   with->loop(segment, next, begin, end, *with);
 }
 
-// The terms of elements [begin, end) of a tile; the states are written in place.
-template <class Rule, class T, unsigned setting, size_t... I>
-__attribute__((always_inline)) inline void find_terms(
-    void* const* at, int begin, int end, T grad_multiplier,
-    const typename Rule::template Scalars<T>& scalars_in_memory, double (*terms)[kTile],
-    std::index_sequence<I...>) {
-  using Measure = typename Rule::Measure;
-  const auto scalars = in_setting<Measure, setting>(scalars_in_memory);
-  const unsigned written = needed<Rule, Measure>(scalars) >> 2 & Measure::kWrites;
-  const int sums = Measure::sums(scalars);
-  const T* p = static_cast<const T*>(at[0]);
-  const T* g = static_cast<const T*>(at[1]);
-#pragma GCC ivdep
-  for (int i = begin; i < end; i++) {
-    double found[Measure::kSums];
-    [&](Repeat<T, I>... states) __attribute__((always_inline)) {
-      Measure::terms(p[i], g[i] * grad_multiplier, states..., scalars, found);
-      ((written >> I & 1 ? void(static_cast<T*>(at[2 + I])[i] = states) : void()), ...);
-    }(static_cast<const T*>(at[2 + I])[i]...);
-    for (int k = 0; k < sums; k++) terms[k][i] = found[k];
-  }
-}
-
-// The sum of row, row + step, ... below kRows of a column, as halving adds them.
-constexpr int kRows = 16, kColumns = kTile / kRows;
-template <int row, int step>
-inline double halve_column(const double* x) {
-  if constexpr (step == kRows)
-    return x[row * kColumns];
-  else
-    return halve_column<row, step * 2>(x) + halve_column<row + step, step * 2>(x);
-}
-
-// x[i] += x[i + h] for h = 512, 256, ... 1, the first of them in registers: as if x had kRows rows.
-inline double halve(const double* x) {
-  double sums[kColumns];
-  for (int i = 0; i < kColumns; i++) sums[i] = halve_column<0, 1>(x + i);
-  for (int h = kColumns / 2; h > 0; h /= 2)
-    for (int i = 0; i < h; i++) sums[i] += sums[i + h];
-  return sums[0];
-}
-
-template <class Rule, class T>
-void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t tile, int64_t tile_end,
-                     double* tile_sums) {
-  using Measure = typename Rule::Measure;
-  const Segment& segment = launch.segments[i];
-  const Numbers<Rule> numbers(launch, i);
-  if (Measure::settled(numbers.hyper, numbers.kept)) return;
-  const auto scalars = Rule::template derive<T>(numbers.hyper, numbers.tensor, numbers.kept);
-  const T multiplier = T(launch.grad_multiplier[segment.row]);
-  const unsigned streams = needed<Rule, Measure>(scalars);
-  const int sums = Measure::sums(scalars);
-  const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
-  constexpr std::make_index_sequence<Rule::kStates> states;
-  int sizes[2 + Rule::kStates];
-  for (int s = 0; s < 2 + Rule::kStates; s++) sizes[s] = itemsize_of(segment.dtype[s]);
-  Values<Rule, T, kTile> values;
-  alignas(64) double terms[Measure::kSums][kTile];
-  for (; tile < tile_end; tile++) {
-    const int64_t begin = (tile - first) * kTile;
-    const int n = segment.numel - begin < kTile ? int(segment.numel - begin) : kTile;
-    values.read(segment, begin, n, streams);
-    for (int done = 0; done < n; done += kAhead) {
-      const int64_t ahead = begin + done + kTile;
-      prefetch<T>(segment, ahead, ahead + kAhead, streams, sizes,
-                  std::make_index_sequence<2 + Rule::kStates>{});
-      with_setting<Measure>(scalars, [&](auto setting) __attribute__((always_inline)) {
-        find_terms<Rule, T, setting.value>(values.at, done,
-                                           n - done < kAhead ? n : int(done + kAhead), multiplier,
-                                           scalars, terms, states);
-      });
-    }
-    values.write(segment, begin, n, streams & Measure::kWrites << 2);
-    for (int k = 0; k < Measure::kSums; k++) {
-      for (int j = n; j < kTile; j++) terms[k][j] = 0;
-      tile_sums[k * tiles + tile] = k < sums ? halve(terms[k]) : 0;
-    }
-  }
-}
-
 // Calls f(segment, its first tile, tile, end) for the part of each segment in [tile, tile_end).
 template <class F>
 __attribute__((always_inline)) inline void for_each_part(const Launch& launch, int64_t tile,
@@ -363,28 +336,9 @@ void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
   });
 }
 
-template <class Rule>
-void measure_rule(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
-  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t first, int64_t tile, int64_t last) {
-    const auto measure = launch.segments[i].dtype[0] == DType::f64 ? measure_segment<Rule, double>
-                                                                   : measure_segment<Rule, float>;
-    measure(launch, i, first, tile, last, tile_sums);
-  });
-}
-
 void run_tiles_here(const Launch& launch, int64_t tile, int64_t tile_end) {
   int index = 0;
   for_each_rule([&](auto rule) {
     if (index++ == launch.rule) run_rule<decltype(rule)>(launch, tile, tile_end);
-  });
-}
-
-void measure_tiles_here(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
-  int index = 0;
-  for_each_rule([&](auto rule) {
-    using Rule = decltype(rule);
-    if constexpr (!std::is_void_v<typename Rule::Measure>)
-      if (index == launch.rule) measure_rule<Rule>(launch, tile, tile_end, tile_sums);
-    index++;
   });
 }

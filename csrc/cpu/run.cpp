@@ -90,12 +90,12 @@ void set_cpu_level(const cpu::Level* level) {
 }
 
 void run_cpu(const Launch& launch) {
-  const auto run_tiles = cpu_level()->run_tiles;
+  const auto run_tiles = cpu_level()->passes.run_tiles;
   for_all_tiles(launch, [&](int64_t tile, int64_t end) { run_tiles(launch, tile, end); });
 }
 
 void measure_cpu(const Launch& launch, bool updates, double* tile_sums, double* tensor_scalars) {
-  const auto measure_tiles = cpu_level()->measure_tiles;
+  const auto measure_tiles = cpu_level()->passes.measure_tiles;
   for_all_tiles(launch,
                 [&](int64_t tile, int64_t end) { measure_tiles(launch, tile, end, tile_sums); });
   int index = 0;
