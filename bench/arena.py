@@ -1,5 +1,6 @@
 """The parameters and gradients that providers step on, and what the gate compares of them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 SAMPLED = 2**14  # elements of a tensor that are compared where the update is elementwise
 WHOLE = 2**20  # elements of the largest tensors that are compared where it is not
+FILLERS, MOST_FILLERS = 1000, 100_000  # tensors at a time that fill holes in the heap, and in all
+OBJECTS, PAGE = 600, 4096  # bytes: what a tensor takes besides its elements, at most
 
 
 @dataclass
@@ -44,11 +47,30 @@ def build(shapes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Ar
     Sizes as in training, and chosen so that three steps move a parameter by far more than one
     bf16 rounding: an update that does nothing cannot pass the gate.
     """
+    smallest = min(map(math.prod, shapes))
+    fillers = _fill_holes(min(smallest, FILLERS), dtype) if device.type == "cpu" else []
     params, grads = ([torch.empty(s, dtype=dtype, device=device) for s in shapes] for _ in "pg")
+    del fillers
     arena = Arena(dtype, params, grads, seed)
     _randomize(grads, 0.02, seed + 1)
     arena.fill()
     return arena
+
+
+def _fill_holes(elements: int, dtype: torch.dtype) -> list[Tensor]:
+    """Small tensors in the holes that earlier work has left in the heap; those after lie together.
+
+    So they do in a process that begins with its model. Scattered over thousands of pages they make
+    a step wait for the addresses of pages, up to five times as long, and smaller ones more often.
+    """
+    fillers: list[Tensor] = []
+    while len(fillers) < MOST_FILLERS:
+        more = [torch.empty(elements, dtype=dtype) for _ in range(FILLERS)]
+        fillers += more
+        pages = {tensor.data_ptr() // PAGE for tensor in more}
+        if len(pages) * PAGE < FILLERS * (more[0].nbytes + OBJECTS):
+            break
+    return fillers
 
 
 def _randomize(tensors: list[Tensor], scale: float, seed: int) -> None:

@@ -115,7 +115,7 @@ def host_line(results: Results) -> Figure:
         return None
     worst = max(rows, key=lambda row: row["us_p50"] / host_bar(row["tensors"]))
     allowed, got = host_bar(worst["tensors"]), worst["us_p50"]
-    slopes = {row["provider"]: row["ns_per_unit"] for row in rows}
+    slopes = {row["provider"]: row["ns_per_unit"] for row in rows if row["ns_per_unit"]}
     lines = "; ".join(f"{name}: {slope:.0f} ns a tensor" for name, slope in slopes.items())
     missed = [row["tensors"] for row in rows if row["us_p50"] > host_bar(row["tensors"])]
     lines += f"; missed from {min(missed):,} on" if missed else ""
