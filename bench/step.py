@@ -22,6 +22,7 @@ from bench.timing import Contestant, clock_of, host_ratio, interleave, nothing, 
 Case = tuple[str, Shapes]
 L2_TIMES = 4  # so many last-level caches of bytes lie between two steps on the same buffers
 COPIES = 64
+LEAST_SECONDS = 1.0  # that a case is timed, whatever gating it took: many rounds of short steps
 UNJUDGED = Verdict("", "")
 
 
@@ -143,6 +144,7 @@ class Race:
         end += budget.compiled - compiled
         racing = [entry.contestant for entry in entries if entry.contestant]
         racing.append(self.stream.contestant())
+        end = max(end, time.monotonic() + LEAST_SECONDS)
         interleave(racing, clock_of(self.device), end, tick)
         for entry in entries:
             if entry.contestant:
