@@ -21,13 +21,10 @@ struct Lanes<bf16> {
   }
 
   static inline void load(bf16, const uint16_t* in, float* out) {
-    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i x = _mm512_loadu_si512(in);
     for (int k = 0; k < kCount; k += kHalf) {
-      // A zero, and word k + i for the upper half of float i.
-      const __m512i words = _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(k)), 16);
-      const __m512i wide = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words, x);
-      _mm512_store_ps(out + k, _mm512_castsi512_ps(wide));
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + k));
+      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+      _mm512_store_ps(out + k, _mm512_castsi512_ps(bits));
     }
   }
 
