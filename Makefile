@@ -40,7 +40,7 @@ ifndef TORCH_CUDA_ARCH_LIST
 CAPABILITIES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | grep -x "[0-9.]*" | sort -u)
 export TORCH_CUDA_ARCH_LIST := $(or $(CAPABILITIES),9.0)
 endif
-.PHONY: test bench bench-check figures examples gpu lint format clean FORCE
+.PHONY: test bench bench-check figures examples gpu gpu-test gpu-bench lint format clean FORCE
 .NOTPARALLEL:
 # A stamp is void where the environment links to no checkout, or to another one.
 ifneq ($(LINKED),$(CURDIR))
@@ -67,31 +67,41 @@ figures: $(EXTENSION)
 examples: $(EXTENSION)
 	for example in examples/*.py; do $(PY) $$example || exit 1; done
 
+GPU_FIRST := tests/test_step_errors.py
 GPU_SMALL := tests/test_gpu_small.py
 GPU_TESTS := tests/test_gpu.py tests/test_gpu_sgd_sai.py tests/test_gpu_autosgm.py $(GPU_SMALL)
 GPU_TOO := tests/test_parity.py tests/test_rules.py tests/test_sgd_sai.py tests/test_sgd_sai_bugs.py
+GPU_TOO += tests/test_plan_sequences.py
 
 # On a GPU machine, offline, with its own Python and torch: builds, tests, benches; commit what it
-# leaves in bench/results. DRY=1 stops where a GPU would be needed. Meant for twenty minutes: some for
-# the build and the tests, three at most for each tool of compute-sanitizer, seven for the bench.
+# leaves in bench/results. DRY=1 stops where a GPU would be needed. Its halves are targets too: ten
+# minutes for the tests, of which three at most for each tool of compute-sanitizer, and eight.
 GPU_SECONDS ?= 420
 # Without torch's cache every tensor is an allocation of its own, past whose end memcheck sees.
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 180 compute-sanitizer --error-exitcode 1 --tool
-gpu:
 ifdef DRY
+gpu:
 	$(MAKE) VENV=$(VENV) $(EXTENSION)
 	$(PY) -c "import fused_momentum as fm; print(*fm.backends(), sep='\n')"
 	$(PY) -m pytest --collect-only -q -m gpu $(GPU_TESTS)
 	$(PY) -m bench.run --help > /dev/null
-	@echo "on a GPU: $(GPU_TESTS) $(GPU_TOO)"
+	@echo "on a GPU: $(GPU_FIRST), $(GPU_TESTS) $(GPU_TOO)"
 	@echo "then $(GPU_SMALL) under compute-sanitizer's memcheck and racecheck"
 	@echo "then bench.run --device cuda --seconds $(GPU_SECONDS), bench.summary"
 else
+gpu: gpu-test gpu-bench
+
+# Errors first: where the compiler's C++ library is not torch's, every one ends the process.
+gpu-test:
 	FUSED_MOMENTUM_CUDA=1 $(MAKE) VENV= $(EXTENSION)
+	$(PYTHON_PATH) -m pytest -x -k "cuda or triton" $(GPU_FIRST)
 	$(PYTHON_PATH) -m pytest $(GPU_TESTS)
 	$(PYTHON_PATH) -m pytest -k "cuda or triton" $(GPU_TOO)
 	$(SANITIZE) memcheck $(PYTHON_PATH) -m pytest -q -x $(GPU_SMALL)
 	$(SANITIZE) racecheck $(PYTHON_PATH) -m pytest -q -x $(GPU_SMALL)
+
+gpu-bench:
+	FUSED_MOMENTUM_CUDA=1 $(MAKE) VENV= $(EXTENSION)
 	$(PYTHON_PATH) -m bench.run --device cuda --seconds $(GPU_SECONDS)
 	$(PYTHON_PATH) -m bench.summary
 endif

@@ -80,7 +80,8 @@ def _run_triton(rule: Rule, streams, hyper: Sequence[float], multiplier: float, 
     items = [kernels.Item(of, 0, scalars) for of in _by_tensor(streams)]
     # Its tables are those of one call: the next may be on another stream.
     launcher = kernels.Launcher(rule)
-    launcher.run(kernels.batches(items), torch.tensor([[*hyper, multiplier]], dtype=torch.float64))
+    table = torch.tensor([[*hyper, multiplier]], dtype=torch.float64, device="cpu")
+    launcher.run(kernels.batches(items), table)
     if launcher.is_in_graphs:
         _launchers_of_graphs.append(launcher)
 

@@ -118,7 +118,7 @@ def _measured(name: str, param: torch.Tensor, eps: float) -> float:
     hyper = dict.fromkeys(RULE.hyper, 0.0)
     hyper["eps"] = eps
     hyper["degenerate"] = RULE.choices["degenerate"].index("official")
-    scale = torch.zeros((), dtype=torch.float64)
+    scale = torch.zeros((), dtype=torch.float64, device="cpu")
     kept = [scale if number.name == "gsnr" else None for number in RULE.kept]
     states = [None] * len(RULE.states)
     reference.Update(RULE, param, param.grad, states, kept, list(hyper.values())).measure()

@@ -244,11 +244,11 @@ class Walk:
 
     def hyper(self) -> torch.Tensor:
         """float64 [rows, k + 1]: hyper-parameters, then the gradient multiplier."""
-        return torch.tensor(self._hyper, dtype=torch.float64)
+        return torch.tensor(self._hyper, dtype=torch.float64, device="cpu")
 
     def device_lr(self) -> torch.Tensor | None:
         """int64 [rows]: where learning rates are on the device; see ``csrc/plan.h``."""
-        return torch.tensor(self._device_lr) if any(self._device_lr) else None
+        return torch.tensor(self._device_lr, device="cpu") if any(self._device_lr) else None
 
     def finish(self) -> None:
         """The tables were launched: version counters of the parameters move, and step counts."""

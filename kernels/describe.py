@@ -54,16 +54,21 @@ def layout_of(streams: Sequence[torch.Tensor]) -> list[list[int]]:
     return [[size for size, _ in merged], *([s[i] for _, s in merged] for i in range(len(streams)))]
 
 
+def host_table(values: Sequence, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A tensor on the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def table_of(layouts: Sequence[list[list[int]]], streams: int) -> torch.Tensor | None:
     """The layouts of n tensors as int64 [n, 1 + streams, dims], or None where all are empty."""
     dims = max((len(layout[0]) for layout in layouts if layout), default=0)
     if dims == 0:
         return None
-    table = torch.zeros(len(layouts), 1 + streams, dims, dtype=torch.int64)
+    table = torch.zeros(len(layouts), 1 + streams, dims, dtype=torch.int64, device="cpu")
     for row, layout in zip(table, layouts, strict=True):
         if layout:
             row[0] = 1  # dimensions that the tensor lacks, on the outside
-            row[:, dims - len(layout[0]) :] = torch.tensor(layout)
+            row[:, dims - len(layout[0]) :] = host_table(layout)
     return table
 
 
@@ -93,15 +98,15 @@ def _batch(device, dtypes, members) -> Batch:
     ]
     kept = [[0 if t is None else t.data_ptr() for t in item.kept] for item, _ in members]
     layouts = [[] if streams[0].numel() == 0 else layout_of(streams) for _, streams in members]
-    scalars = torch.tensor([item.tensor_scalars for item, _ in members], dtype=torch.float64)
+    scalars = host_table([item.tensor_scalars for item, _ in members], torch.float64)
     return Batch(
         device,
         dtypes,
-        torch.tensor(addresses).T.contiguous(),
-        torch.tensor([streams[0].numel() for _, streams in members]),
-        torch.tensor([item.row for item, _ in members]),
+        host_table(addresses).T.contiguous(),
+        host_table([streams[0].numel() for _, streams in members]),
+        host_table([item.row for item, _ in members]),
         scalars.T.contiguous(),
-        torch.tensor(kept, dtype=torch.int64).T.contiguous(),
+        host_table(kept).T.contiguous(),
         table_of(layouts, len(dtypes)),
         [[*streams, *item.kept] for item, streams in members],
     )

