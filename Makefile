@@ -74,8 +74,8 @@ GPU_TOO := tests/test_parity.py tests/test_rules.py tests/test_sgd_sai.py tests/
 GPU_TOO += tests/test_plan_sequences.py
 
 # On a GPU machine, offline, with its own Python and torch: builds, tests, benches; commit what it
-# leaves in bench/results. DRY=1 stops where a GPU would be needed. Its halves are targets too: ten
-# minutes for the tests, of which three at most for each tool of compute-sanitizer, and eight.
+# leaves in bench/results. DRY=1 stops where a GPU would be needed. Its halves are targets too:
+# gpu-test takes three minutes at most for each tool of compute-sanitizer, gpu-bench GPU_SECONDS.
 GPU_SECONDS ?= 420
 # Without torch's cache every tensor is an allocation of its own, past whose end memcheck sees.
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 180 compute-sanitizer --error-exitcode 1 --tool

@@ -61,7 +61,7 @@ def _fill_holes(elements: int, dtype: torch.dtype) -> list[Tensor]:
     """Small tensors in the holes that earlier work has left in the heap; those after lie together.
 
     So they do in a process that begins with its model. Scattered over thousands of pages they make
-    a step wait for the addresses of pages, up to five times as long, and smaller ones more often.
+    a step wait for the addresses of pages, and smaller ones more often.
     """
     fillers: list[Tensor] = []
     while len(fillers) < MOST_FILLERS:

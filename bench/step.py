@@ -112,26 +112,20 @@ class Race:
         """The providers that can run here."""
         return [p for p in self.providers if not p.absent(self.device)]
 
-    def arenas(self, shapes, dtype: torch.dtype, dtypes) -> list[Arena]:
-        """As many copies of a case as keep the cache cold, while all dtypes find room."""
-        needed = providers.bytes_needed(numel(shapes), dtypes, self.running())
-        first = arena.build(shapes, dtype, self.device)
-        count = copies(self.device, first, memory.available(self.device) / needed)
-        more = [arena.build(shapes, dtype, self.device, 2 * i) for i in range(1, count)]
-        return [first, *more]
-
     def entries(self, shapes, dtypes, budget: Budget, outside: dict[str, str]) -> list[Entry]:
         """Every provider, gated, on the parameters of one case; `outside` are not run, and why."""
+        needed = providers.bytes_needed(numel(shapes), dtypes, self.running())
         entries = []
-        # Before any provider has allocated: what it leaves free are holes, in which the smaller
-        # tensors of the next dtype would lie scattered over many more pages.
-        made = [self.arenas(shapes, dtype, dtypes) for dtype in dtypes]
-        for arenas in made:
+        for dtype in dtypes:
+            first = arena.build(shapes, dtype, self.device)
+            count = copies(self.device, first, memory.available(self.device) / needed)
+            arenas = [first]
+            arenas += [arena.build(shapes, dtype, self.device, 2 * i) for i in range(1, count)]
             for provider in self.providers:
                 reason = provider.absent(self.device) or outside.get(provider.name, "")
                 reason = reason or budget.refuse(provider, shapes, len(dtypes))
                 if reason:
-                    entries.append(Entry(provider, arenas[0], reason))
+                    entries.append(Entry(provider, first, reason))
                     continue
                 with budget.compiling(provider, shapes):
                     entries.append(enter(provider, arenas, self.backend))

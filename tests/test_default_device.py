@@ -7,7 +7,7 @@ import torch
 from cases import CLASSES, accepted, backends, device_of
 from torch.nn import Parameter
 
-from fused_momentum import ops
+from fused_momentum import FusedSGDSaI, gsnr, ops
 
 
 def _trained(cls, backend, flatten, default):
@@ -45,3 +45,22 @@ def test_functions_are_the_same():
     with torch.device("meta"):
         ops.sgd_(p, g, m, lr=0.1, momentum=0.5)
     assert torch.equal(p[0], torch.full((3,), 1.0) - torch.tensor(0.1) * 0.5)
+
+
+def test_what_is_measured_is_the_same():
+    p = Parameter(torch.ones(4))
+    p.grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    expected = gsnr([p])["0"]
+    with torch.device("meta"):
+        assert gsnr([p])["0"] == expected
+
+
+def test_a_checkpoint_that_lacks_a_number_is_completed():
+    optimizer = FusedSGDSaI([p := Parameter(torch.ones(4))])
+    p.grad = torch.arange(4.0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["stage"]
+    with torch.device("meta"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["stage"] == 3

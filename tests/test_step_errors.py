@@ -159,7 +159,7 @@ STEP_ERRORS = {
     "state_device": (
         lambda t: _state(t, torch.ones(4, device="meta")),
         ValueError,
-        rf"{BAD} state is on device meta, its parameter on c",
+        rf"{BAD} state is on device meta, its parameter on (cpu|cuda:0)",
     ),
     "text_for_lr": (_hyper(lr="0.1"), TypeError, "lr is a str; needed: a number"),
     "two_numbers_for_lr": (
