@@ -111,6 +111,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                     std::vector<StateKey>, std::string>())
       .def("read", &Plan::read)
       .def("read_rows_with", &Plan::read_rows_with)
+      .def("read_parts_with", &Plan::read_parts_with)
+      .def("sharded", &Plan::sharded)
       .def("measures", &Plan::measures)
       .def("unsettled", &Plan::unsettled)
       .def("settle", &Plan::settle)

@@ -14,6 +14,15 @@ py::object interned(const std::string& name) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.c_str()));
 }
 
+// Whether two launches may take one for the other: a layout is never the same, as it may have been
+// written anew at an old address.
+bool says_the_same(const Segment& a, const Segment& b) {
+  return std::equal(a.data, std::end(a.data), b.data) &&
+         std::equal(a.kept, std::end(a.kept), b.kept) &&
+         std::equal(a.dtype, std::end(a.dtype), b.dtype) && a.numel == b.numel && a.row == b.row &&
+         a.first == b.first && !a.layout && !b.layout;
+}
+
 }  // namespace
 
 Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
@@ -28,7 +37,8 @@ Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
       maximize_key_(interned("maximize")),
       capturable_key_(interned("capturable")),
       step_key_(interned("step")),
-      read_row_(py::none()) {
+      read_row_(py::none()),
+      parts_of_(py::none()) {
   for (const std::string& key : hyper_keys) hyper_keys_.push_back(interned(key));
   for (const StateKey& key : state_keys_) state_names_.push_back(interned(key.name));
 }
@@ -165,7 +175,9 @@ bool Plan::find_state(int64_t position, size_t k) {
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-  states_[position * state_keys_.size() + k] = py::reinterpret_borrow<py::object>(found);
+  py::object& known = states_[position * state_keys_.size() + k];
+  if (known.ptr() != found) entries_[position].settled = false;
+  known = py::reinterpret_borrow<py::object>(found);
   return !needed || found != nullptr;
 }
 
@@ -178,40 +190,56 @@ void Plan::read_entry(int64_t position, Todo* todo) {
     if (found) meet(param.device().type(), todo);
     return sit_out(position);
   }
-  const at::Tensor& grad = *found;
   bool has_states = read_row_.is_none() || steps_[position];
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
-  entry.key = 0;
-  const bool lazy = grad.is_conj() || grad.is_neg();
-  if (lazy) resolved_.push_back(grad.resolve_conj().resolve_neg());
-  const void* before = segments_[position].data[0];
-  prepare(position, param, lazy ? resolved_.back() : grad);
-  moves_ += before != segments_[position].data[0];
-  if (!has_states) todo->missing.push_back(position);
-  const uint32_t needed = needed_[segments_[position].row];
-  entry.key = lazy ? 1 : key_of(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(), needed);
-}
-
-void Plan::prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad) {
-  generation_++;
-  std::vector<at::Tensor> streams{param, grad};
+  std::vector<at::Tensor> streams{param, *found};
   for (int k = 0; k < info_.states; k++) {
     const py::object& state = states_[position * state_keys_.size() + k];
     streams.push_back(state ? THPVariable_Unpack(state.ptr()) : at::Tensor());
   }
+  entry.key = 0;
+  const bool sharded = take_parts(position, &streams);
+  const bool lazy = streams[1].is_conj() || streams[1].is_neg();
+  if (lazy) streams[1] = streams[1].resolve_conj().resolve_neg();
+  if (sharded || lazy) made_.push_back(streams[1]);
+  const void* before = segments_[position].data[0];
+  prepare(position, streams);
+  moves_ += before != segments_[position].data[0];
+  if (!has_states) todo->missing.push_back(position);
+  const uint32_t needed = needed_[segments_[position].row];
+  entry.key = sharded || lazy
+                  ? 1
+                  : key_of(param.unsafeGetTensorImpl(), found->unsafeGetTensorImpl(), needed);
+}
+
+// Puts the parts that are here in the place of a sharded parameter's streams; returns whether it is
+// one.
+bool Plan::take_parts(int64_t position, std::vector<at::Tensor>* streams) {
+  const at::Tensor& param = streams->front();
+  if (!param.unsafeGetTensorImpl()->is_python_dispatch() || parts_of_.is_none()) return false;
+  const auto parts = py::cast<std::vector<std::optional<at::Tensor>>>(
+      parts_of_(name_of(position), py::cast(*streams)));
+  if (parts[0]->is_same(param)) return false;
+  for (size_t s = 0; s < streams->size(); s++) (*streams)[s] = parts[s] ? *parts[s] : at::Tensor();
+  sharded_.emplace_back(position, streams->front());
+  return true;
+}
+
+void Plan::prepare(int64_t position, const std::vector<at::Tensor>& streams) {
+  Segment& segment = segments_[position];
+  const Segment before = segment;
   for (size_t s = 0; s < streams.size(); s++)
     entries_[position].itemsize[s] = streams[s].defined() ? uint8_t(streams[s].itemsize()) : 0;
-  const int64_t numel = segments_[position].numel;
   std::unique_ptr<Layout> layout;
-  describe(name_of(position), streams, &segments_[position], &layout);
+  describe(name_of(position), streams, &segment, &layout);
   layouts_.erase(position);
   if (layout) layouts_[position] = std::move(layout);
-  tiles_changed_ |= numel != segments_[position].numel;
-  prepare_kept(position, param);
+  tiles_changed_ |= before.numel != segment.numel;
+  prepare_kept(position, streams[0]);
+  generation_ += !says_the_same(before, segment);
 }
 
 void Plan::prepare_kept(int64_t position, const at::Tensor& param) {
-  entries_[position].settled = false;
   for (int k = 0; k < info_.kept; k++) {
     const size_t key = info_.states + k;
     const py::object& found = states_[position * state_keys_.size() + key];
@@ -231,7 +259,8 @@ void Plan::prepare_kept(int64_t position, const at::Tensor& param) {
 std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& state,
                                      const std::optional<py::list>& subset, double grad_multiplier,
                                      const std::vector<int64_t>& first) {
-  resolved_.clear();
+  made_.clear();
+  sharded_.clear();
   if (groups_changed(groups)) read_groups(groups);
   read_hyper(grad_multiplier);
   read_state(state);
@@ -269,6 +298,12 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
 
 std::pair<py::object, int> Plan::at(int64_t position) const {
   return {entries_.at(position).param, group_of(position)};
+}
+
+std::vector<int64_t> Plan::sharded() const {
+  std::vector<int64_t> positions;
+  for (const auto& [position, part] : sharded_) positions.push_back(position);
+  return positions;
 }
 
 int64_t Plan::bytes() const {

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
 #include <map>
 #include <memory>
 #include <optional>
@@ -112,6 +111,12 @@ class Plan {
   // and state[p]["step"] counts.
   void read_rows_with(const py::function& read) { read_row_ = read; }
 
+  // parts(name, streams) returns what is here of a sharded parameter, its gradient and its states.
+  void read_parts_with(const py::function& parts) { parts_of_ = parts; }
+
+  // The positions of the sharded parameters of this step.
+  std::vector<int64_t> sharded() const;
+
   // The back-end reads learning rates of capturable groups on the device.
   void keep_lr_on_device() { keeps_lr_ = true; }
 
@@ -164,7 +169,8 @@ class Plan {
   bool find_state(int64_t position, size_t k);
   void sit_out(int64_t position);
   void meet(at::DeviceType type, Todo* todo) const;
-  void prepare(int64_t position, const at::Tensor& param, const at::Tensor& grad);
+  bool take_parts(int64_t position, std::vector<at::Tensor>* streams);
+  void prepare(int64_t position, const std::vector<at::Tensor>& streams);
   void prepare_kept(int64_t position, const at::Tensor& param);
   int group_of(int64_t position) const;
   int64_t find(PyObject* param) const;
@@ -193,6 +199,7 @@ class Plan {
   std::vector<py::object> state_names_;
   const py::object params_key_, maximize_key_, capturable_key_, step_key_;
   py::object read_row_;  // None: the rows are the groups
+  py::object parts_of_;
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
@@ -206,8 +213,11 @@ class Plan {
   bool state_is_newer_ = true;  // what it holds may have changed since then
   PyObject* state_ = nullptr;   // the optimizer's dict
 
-  // Gradients that were lazily conjugated or negated, made real; alive until the next step.
-  std::deque<at::Tensor> resolved_;
+  // Gradients that are not the parameter's own: of a lazily conjugated or negated one made real,
+  // of a sharded one the part here. Alive until the next step.
+  std::vector<at::Tensor> made_;
+  // The parts here of sharded parameters, by position.
+  std::vector<std::pair<int64_t, at::Tensor>> sharded_;
 
   std::vector<Segment> segments_;
   std::map<int64_t, std::unique_ptr<Layout>> layouts_;  // by position

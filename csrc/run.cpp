@@ -107,6 +107,8 @@ void Plan::finish() {
     if (param->version_counter().enabled()) param->bump_version();  // inference tensors have none
     if (steps) *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
   });
+  for (const auto& [position, part] : sharded_)
+    if (!part.is_inference()) part.unsafeGetTensorImpl()->bump_version();
   if (!begins_) return;
   for_each_chosen([&](int64_t position) {
     if (entries_[position].key != 0) segments_[position].first = false;

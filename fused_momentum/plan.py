@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native
+from . import native, shards
 from .backends import choose
 from .rules import Rule, State
 from .states import STEP, make_states
@@ -168,6 +168,7 @@ class Plan:
         index = native.rule_number(self.rule.name)
         choices = [list(self.rule.choices.get(key, ())) for key in self.rule.hyper]
         walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
+        walk.read_parts_with(shards.parts_of)
         if self.rule.read is not None:
             walk.read_rows_with(self.rule.read)
         return walk

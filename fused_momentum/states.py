@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from . import flat, reference
+from . import flat, reference, shards
 from .rules import Kept, Rule
 
 STEP = "step"
@@ -33,16 +33,17 @@ def make_states(
 ) -> None:
     """Add to ``state`` what these (parameter, name) lack, as it is before the first step.
 
-    All tensors of one device and type lie in one flat buffer, and so do all numbers.
+    All tensors of one device and type lie in one flat buffer, and so do all numbers. The state of a
+    sharded parameter is sharded as it is.
     """
     members: dict[str, list[torch.Tensor]] = {}
     for param, name in lacking:
         members.setdefault(name, []).append(param)
     tensors = [(s.name, p) for s in rule.states for p in members.get(s.name, ())]
     dtypes = [state_dtype(p, dtype) for _, p in tensors]
-    made = flat.zeros_like([p for _, p in tensors], dtypes, own_storage=True)
+    made = flat.zeros_like([shards.part_of(p) for _, p in tensors], dtypes, own_storage=True)
     for (name, param), tensor in zip(tensors, made, strict=True):
-        state.setdefault(param, {})[name] = tensor
+        state.setdefault(param, {})[name] = shards.like(param, tensor)
     for kept in rule.kept:
         params = members.get(kept.name, [])
         for param, number in zip(params, _numbers(kept, params), strict=True):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import reference, shards
 from .checks import check_param, check_tensor, number_of
 from .rules import Kept, Rule, State
 
@@ -25,15 +25,19 @@ class Todo(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One tensor that takes part: its states and kept numbers (None: absent), row of the table."""
+    """One tensor that takes part: its states and kept numbers (None: absent), row of the table.
+
+    Of a sharded parameter, its gradient and its states it has the parts that are here.
+    """
 
     position: int
     param: torch.Tensor
+    grad: torch.Tensor
     states: list[torch.Tensor | None]
     kept: list[torch.Tensor | None]
     step: torch.Tensor | None  # how many steps it has taken, for a rule that depends on it
     row: int
-    first: bool
+    first: bool = False
 
 
 def hyper_of(rule: Rule, group: dict, t: int = 1) -> list[float]:
@@ -105,27 +109,42 @@ class Walk:
             name = f"param_groups[{i}]['params'][{position - begin[i]}]"
             if isinstance(param, torch.Tensor) and param.grad is None:
                 continue
-            check_param(name, param)
-            if param.device.type != self._device_type:
-                if param.device.type not in {*self._left, *todo.devices}:
-                    todo.devices.append(param.device.type)
-                continue
-            check_tensor(f"{name}.grad", param.grad, param)
-            held = state.get(param, {})
-            step = held.get("step") if self._rule.read is not None else None
-            row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
-            names = [s.name for s in needed(self._rule, self._hyper[row])]
-            states = [held.get(s.name) if s.name in names else None for s in self._rule.states]
-            kept = [held.get(k.name) if k.name in names else None for k in self._rule.kept]
-            for tensor in states:
-                if tensor is not None:
-                    check_tensor(f"{name} state", tensor, param)
-            if self._rule.read is not None:
-                names.append("step")
-            if any(held.get(key) is None for key in names):
-                todo.missing.append(position)
-            self._items.append(Item(position, param, states, kept, step, row, position in first))
+            part = shards.part_of(param)
+            check_param(name, part)
+            if part.device.type == self._device_type:
+                held = state.get(param, {})
+                item = self._read_entry(position, name, groups, held, grad_multiplier, todo)
+                self._items.append(item._replace(first=position in first))
+            elif part.device.type not in {*self._left, *todo.devices}:
+                todo.devices.append(part.device.type)
         return todo if todo.missing or todo.devices else None
+
+    def _read_entry(
+        self,
+        position: int,
+        name: str,
+        groups: list[dict],
+        held: dict,
+        grad_multiplier: float,
+        todo: Todo,
+    ) -> Item:
+        """Read one tensor that takes part, and what is held of its states."""
+        param, i = self._params[position]
+        step = held.get("step") if self._rule.read is not None else None
+        row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
+        names = [s.name for s in needed(self._rule, self._hyper[row])]
+        states = [held.get(s.name) if s.name in names else None for s in self._rule.states]
+        kept = [held.get(k.name) if k.name in names else None for k in self._rule.kept]
+        part, grad, *states = shards.parts_of(name, (param, param.grad, *states))
+        check_tensor(f"{name}.grad", grad, part)
+        for tensor in states:
+            if tensor is not None:
+                check_tensor(f"{name} state", tensor, part)
+        if self._rule.read is not None:
+            names.append("step")
+        if any(held.get(key) is None for key in names):
+            todo.missing.append(position)
+        return Item(position, part, grad, states, kept, step, row)
 
     def _row_of(self, groups: list[dict], i: int, t: int, grad_multiplier: float) -> int:
         """The row of the table for tensors of group ``i`` that take their step ``t``."""
@@ -169,6 +188,11 @@ class Walk:
             positions.append(position)
         return positions
 
+    def sharded(self) -> list[int]:
+        """Positions of the sharded parameters of this step."""
+        positions = [item.position for item in self._items]
+        return [k for k in positions if shards.is_sharded(self._params[k][0])]
+
     def measures(self) -> bool:
         """Whether a tensor of this step may have something to measure."""
         measure = self._rule.measure
@@ -211,14 +235,14 @@ class Walk:
         """Take the step, on the reference."""
         for item in self._items:
             (self._updates.get(item.position) or self._update_of(item)).update()
-        self._count()
+        self._count([])
 
     def _update_of(self, item: Item) -> reference.Update:
         *hyper, grad_multiplier = self._hyper[item.row]
         return reference.Update(
             self._rule,
             item.param,
-            item.param.grad,
+            item.grad,
             item.states,
             item.kept,
             hyper,
@@ -233,7 +257,7 @@ class Walk:
         return kernels.batches(
             [
                 kernels.Item(
-                    (item.param, item.param.grad, *item.states),
+                    (item.param, item.grad, *item.states),
                     item.row,
                     (float(item.first), *(0.0 for _ in self._rule.tensor_scalars[1:])),
                     item.kept,
@@ -252,10 +276,12 @@ class Walk:
 
     def finish(self) -> None:
         """The tables were launched: version counters of the parameters move, and step counts."""
-        torch.autograd.graph.increment_version([item.param for item in self._items])
-        self._count()
+        self._count([item.param for item in self._items])
 
-    def _count(self) -> None:
+    def _count(self, launched: list[torch.Tensor]) -> None:
+        """Move the version counters of these, and of what their parts are of; count the step."""
+        whole = [self._params[position][0] for position in self.sharded()]
+        torch.autograd.graph.increment_version(launched + whole)
         for item in self._items:
             if item.step is not None:
                 item.step.add_(1)

@@ -1,0 +1,80 @@
+"""Sharded parameters (torch's DTensor): a step works on the part that this process holds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this is a DTensor: FSDP2's and tensor parallel parameters are."""
+    # Whoever has one has imported the module. It takes long, so nobody else should.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@torch.no_grad()
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that is here, in the same memory; of one that is not sharded, all."""
+    if not is_sharded(tensor):
+        return tensor
+    part = tensor.to_local()
+    return part.wait() if hasattr(part, "wait") else part  # still on its way, after a collective
+
+
+def parts_of(name: str, streams: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The parts of a parameter, its gradient and its states; no copies, but of a moved gradient.
+
+    A gradient that is laid out otherwise than its parameter (one of tensor parallel may have yet to
+    be summed) is brought to it, by a collective.
+    """
+    param, grad, *states = streams
+    for tensor in (grad, *states):
+        if tensor is not None and is_sharded(tensor) != is_sharded(param):
+            what = "gradient" if tensor is grad else "state"
+            raise TypeError(
+                f"{name} is a {type(param).__name__}, its {what} a {type(tensor).__name__}; "
+                "needed: a DTensor for a DTensor, and for no other"
+            )
+    if not is_sharded(param):
+        return list(streams)
+    mesh, placements = param.device_mesh, param.placements
+    if (grad.device_mesh, grad.placements) != (mesh, placements):
+        with torch.no_grad():
+            grad = grad.redistribute(mesh, placements)
+    for state in states:
+        if state is not None and (state.device_mesh, state.placements) != (mesh, placements):
+            raise ValueError(
+                f"{name} state is placed as {list(state.placements)} on {state.device_mesh}, its "
+                f"parameter as {list(placements)} on {mesh}; they must be the same"
+            )
+    return [None if t is None else part_of(t) for t in (param, grad, *states)]
+
+
+def like(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A tensor that is sharded as ``param`` is, whose part here is ``part`` itself."""
+    if not is_sharded(param):
+        return part
+    return type(param.data).from_local(
+        part,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+@torch.no_grad()
+def spread(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, which every process has, sharded as ``param`` is; others as they are."""
+    if not is_sharded(param) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # None: every process takes its part of what it has, nothing is sent.
+    return distribute_tensor(
+        tensor.to(param.device), param.device_mesh, param.placements, src_data_rank=None
+    )
