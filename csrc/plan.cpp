@@ -300,12 +300,6 @@ std::pair<py::object, int> Plan::at(int64_t position) const {
   return {entries_.at(position).param, group_of(position)};
 }
 
-std::vector<int64_t> Plan::sharded() const {
-  std::vector<int64_t> positions;
-  for (const auto& [position, part] : sharded_) positions.push_back(position);
-  return positions;
-}
-
 int64_t Plan::bytes() const {
   const auto bytes_of = [](const auto& list) {
     return int64_t(list.capacity() * sizeof(*list.data()));

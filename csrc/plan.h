@@ -114,8 +114,8 @@ class Plan {
   // parts(name, streams) returns what is here of a sharded parameter, its gradient and its states.
   void read_parts_with(const py::function& parts) { parts_of_ = parts; }
 
-  // The positions of the sharded parameters of this step.
-  std::vector<int64_t> sharded() const;
+  // As unsettled, of sharded parameters: what is to be measured is not in the part here alone.
+  std::vector<int64_t> unsettled_shards() const;
 
   // The back-end reads learning rates of capturable groups on the device.
   void keep_lr_on_device() { keeps_lr_ = true; }

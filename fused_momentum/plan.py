@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from . import native, shards
+from . import collective, native, shards
 from .backends import choose
 from .rules import Rule, State
 from .states import STEP, make_states
@@ -209,7 +210,11 @@ class Plan:
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
         first: dict[str, list[int]] = {}
         made = False
-        while todo := self._read(groups, state, params, grad_multiplier, first):
+        read = partial(self._read, groups, state, params, grad_multiplier, first)
+        todo = read()
+        if self.rule.measure is not None and not self.rule.measure.settles:
+            self._refuse_shards(groups)
+        while todo:
             if not waits and amp.skips():
                 return False
             made = True
@@ -217,7 +222,11 @@ class Plan:
                 lacking = [self._walks[device_type].at(k) for k in found.missing]
                 begin = self.make_states([(param, groups[i]) for param, i in lacking], state)
                 first[device_type] = list(itertools.compress(found.missing, begin))
+            todo = read()
         self._settled = not made
+        if self.rule.measure is not None and self._settle_shards(updates, amp, first):
+            made = True
+            read()
         amp = NO_AMP if waits else amp
         if self.rule.measure is not None:
             self._measure(updates, amp, made, on_measured)
@@ -242,6 +251,34 @@ class Plan:
                 lacking.append((param, STEP))
         make_states(self.rule, lacking, state, self._dtype)
         return begin
+
+    def _refuse_shards(self, groups: list[dict]) -> None:
+        """Raise where each step measures a sharded tensor: the kernels see no more than a part."""
+        initial = [kept.initial for kept in self.rule.kept]
+        for walk in self._walks.values():
+            for position in walk.unsettled_shards():
+                if self.rule.measure.settled(*walk.kept(position)[1], *initial):
+                    continue
+                param, i = walk.at(position)
+                k = next(k for k, p in enumerate(groups[i]["params"]) if p is param)
+                raise TypeError(
+                    f"param_groups[{i}]['params'][{k}] is a DTensor, of which a part is here; "
+                    f"{self.rule.name} with these settings measures whole tensors at each step: "
+                    "needed is a plain tensor"
+                )
+
+    def _settle_shards(self, updates: bool, amp: Amp, first: dict[str, list[int]]) -> bool:
+        """Measure the sharded tensors that may have something to measure; whether there were any.
+
+        Adds those that begin with this step to ``first``.
+        """
+        unsettled = {t: walk for t, walk in self._walks.items() if walk.unsettled_shards()}
+        if not unsettled or amp.skips():
+            return False
+        for device_type, walk in unsettled.items():
+            begin = collective.settle_shards(self.rule, walk, amp.grad_multiplier(), updates)
+            first[device_type] = [*first.get(device_type, ()), *begin]
+        return True
 
     def _measure(self, updates: bool, amp: Amp, made: bool, on_measured) -> None:
         """Measure, on all devices, what this step's tensors may have left to measure."""

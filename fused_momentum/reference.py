@@ -56,6 +56,11 @@ def _halved(x: torch.Tensor) -> torch.Tensor:
     return x[:, 0]
 
 
+def numel_of(tensor: torch.Tensor) -> int:
+    """How many real numbers a tensor has."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -99,27 +104,36 @@ class Update:
 
     def settled(self) -> bool:
         """Whether there is nothing to measure."""
-        return self._param.numel() == 0 or bool(
-            self._rule.measure.settled(*self._hyper, *self._kept_numbers())
-        )
+        return bool(self._rule.measure.settled(*self._hyper, *self._kept_numbers()))
 
     def measure(self, updates: bool = True) -> None:
         """Run the pass before the update, and settle what follows from its sums.
 
         ``updates``: the update follows.
         """
+        self.settle(self.sums(), self._param.numel(), updates)
+
+    def sums(self) -> list[float]:
+        """Run the pass before the update; return the sums of its terms."""
         rule = self._rule
         written, terms = self._run(rule.measure.terms, rule.measure.writes)
         self._store(rule.measure.writes, written)
         terms = [t.expand(self._param.shape) for t in terms]
-        sums = [tensor_sum(_in_memory_order(t, self._param)) for t in terms]
-        numbers = (self._param.numel(), updates, *self._kept_numbers(), *sums)
+        return [tensor_sum(_in_memory_order(t, self._param)) for t in terms]
+
+    def settle(self, sums: Sequence[float], numel: int, updates: bool) -> list[float]:
+        """Settle what follows from the sums over ``numel`` elements; return the tensor's scalars.
+
+        The kept numbers are written.
+        """
+        numbers = (numel, updates, *self._kept_numbers(), *sums)
         count = len(self._tensor_scalars)
-        settled = rule.measure.settle(*self._hyper, *map(float, numbers))
+        settled = self._rule.measure.settle(*self._hyper, *map(float, numbers))
         self._tensor_scalars = list(settled[:count])
         for tensor, number in zip(self._kept, settled[count:], strict=True):
             if tensor is not None:
                 tensor.fill_(number)
+        return self._tensor_scalars
 
     def update(self) -> None:
         """Update the parameter and its states in place; the gradient is left as it is."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import collective, reference, shards
 from .checks import check_param, check_tensor
 from .rules import RULES
 
@@ -82,11 +82,12 @@ def gsnr(
     """
     if isinstance(params, torch.optim.Optimizer):
         return Scales(_kept(params))
-    return Scales(
-        (name, Scale(_measured(name, p, eps), _numel(p)))
+    named = [
+        (name, p)
         for name, p in _named(params)
         if not isinstance(p, torch.Tensor) or p.grad is not None
-    )
+    ]
+    return Scales(_measured(named, eps))
 
 
 def _named(params: torch.nn.Module | Mapping | Iterable) -> Named:
@@ -98,28 +99,32 @@ def _named(params: torch.nn.Module | Mapping | Iterable) -> Named:
     return [p if isinstance(p, tuple) else (str(i), p) for i, p in enumerate(params)]
 
 
-def _numel(param: torch.Tensor) -> int:
-    return param.numel() * (2 if param.is_complex() else 1)
-
-
 def _kept(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Scale]]:
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
             scale = optimizer.state.get(p, {}).get("gsnr")
             if scale is not None:
-                yield name, Scale(float(scale), _numel(p))
+                yield name, Scale(float(scale), reference.numel_of(p))
 
 
 @torch.no_grad()
-def _measured(name: str, param: torch.Tensor, eps: float) -> float:
-    check_param(name, param)
-    check_tensor(f"{name}.grad", param.grad, param)
+def _measured(named: list[tuple[str, torch.Tensor]], eps: float) -> Iterator[tuple[str, Scale]]:
     hyper = dict.fromkeys(RULE.hyper, 0.0)
     hyper["eps"] = eps
     hyper["degenerate"] = RULE.choices["degenerate"].index("official")
-    scale = torch.zeros((), dtype=torch.float64, device="cpu")
-    kept = [scale if number.name == "gsnr" else None for number in RULE.kept]
     states = [None] * len(RULE.states)
-    reference.Update(RULE, param, param.grad, states, kept, list(hyper.values())).measure()
-    return scale.item()
+    passes, scales = [], []
+    for name, param in named:
+        part = shards.part_of(param)
+        check_param(name, part)
+        part, grad = shards.parts_of(name, (param, param.grad))
+        check_tensor(f"{name}.grad", grad, part)
+        scales.append(torch.zeros((), dtype=torch.float64, device="cpu"))
+        kept = [scales[-1] if number.name == "gsnr" else None for number in RULE.kept]
+        passes.append(reference.Update(RULE, part, grad, states, kept, list(hyper.values())))
+    sums = collective.whole_sums([p for _, p in named], passes)
+    for (name, param), pass_, scale, row in zip(named, passes, scales, sums, strict=True):
+        numel = reference.numel_of(param)
+        pass_.settle(row, numel, updates=True)
+        yield name, Scale(scale.item(), numel)

@@ -53,6 +53,12 @@ def parts_of(name: str, streams: Sequence[torch.Tensor | None]) -> list[torch.Te
     return [None if t is None else part_of(t) for t in (param, grad, *states)]
 
 
+def sharded_dims(param: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of its mesh along which a parameter is sharded, not replicated."""
+    placements = param.placements if is_sharded(param) else ()
+    return tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
 def like(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A tensor that is sharded as ``param`` is, whose part here is ``part`` itself."""
     if not is_sharded(param):

@@ -188,11 +188,6 @@ class Walk:
             positions.append(position)
         return positions
 
-    def sharded(self) -> list[int]:
-        """Positions of the sharded parameters of this step."""
-        positions = [item.position for item in self._items]
-        return [k for k in positions if shards.is_sharded(self._params[k][0])]
-
     def measures(self) -> bool:
         """Whether a tensor of this step may have something to measure."""
         measure = self._rule.measure
@@ -208,6 +203,13 @@ class Walk:
             for item in self._items
             if item.param.numel() and not self._is_settled(item)
         ]
+
+    def unsettled_shards(self) -> list[int]:
+        """As ``unsettled``, of sharded parameters: what is to be measured is not here alone."""
+        return [item.position for item in self._sharded() if not self._is_settled(item)]
+
+    def _sharded(self) -> list[Item]:
+        return [item for item in self._items if shards.is_sharded(self._params[item.position][0])]
 
     def _is_settled(self, item: Item) -> bool:
         held = self._settled.get(item.position)
@@ -227,7 +229,7 @@ class Walk:
         """Run the pass before the update, on the reference; ``updates``: ``run`` follows."""
         for item in self._items:
             update = self._updates[item.position] = self._update_of(item)
-            if not update.settled():
+            if item.param.numel() and not update.settled():
                 update.measure(updates)
 
     @torch.no_grad()
@@ -280,7 +282,7 @@ class Walk:
 
     def _count(self, launched: list[torch.Tensor]) -> None:
         """Move the version counters of these, and of what their parts are of; count the step."""
-        whole = [self._params[position][0] for position in self.sharded()]
+        whole = [self._params[item.position][0] for item in self._sharded()]
         torch.autograd.graph.increment_version(launched + whole)
         for item in self._items:
             if item.step is not None:

@@ -9,7 +9,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from cases import (
     backends,
     device_of,
@@ -270,25 +269,6 @@ def test_sparse_gradients_are_refused_by_name():
     for attempt in (optimizer.step, optimizer.initialise):
         with pytest.raises(RuntimeError, match=message):
             attempt()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the import
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_sharded_tensors_are_refused_by_name(backend):
-    """Until their sums are taken over all shards; a local scale would be wrong."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-        mesh = init_device_mesh("cpu", (1,))
-        p = Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
-        p.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
-        optimizer = FusedSGDSaI([p], backend=backend)
-        with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[0\] is .*DTensor"):
-            optimizer.step()
-        assert not optimizer.state
-    finally:
-        dist.destroy_process_group()
 
 
 # --- 11. arguments of torch.optim.SGD --------------------------------------------------------

@@ -27,12 +27,15 @@ ARROWS = {
     "reference": {"rules"},
     "kernels": {"kernels", "rules"},
     "backends": {"native", "kernels"},
-    "scales": {"checks", "reference", "rules"},
+    "scales": {"checks", "collective", "reference", "rules", "shards"},
+    "collective": {"reference", "rules", "shards"},
     "states": {"flat", "reference", "rules", "shards"},
     "walk": {"checks", "kernels", "reference", "rules", "shards"},
-    "plan": {"backends", "kernels", "native", "rules", "shards", "states", "walk"},
+    "plan": {"backends", "collective", "kernels", "native", "rules", "shards", "states", "walk"},
     "ops": {"backends", "checks", "kernels", "native", "plan", "reference", "rules"},
-    "optimizers": {"optimizers", "backends", "flat", "plan", "rules", "states", "windows"},
+    "optimizers": {
+        "optimizers", "backends", "flat", "plan", "rules", "shards", "states", "windows"
+    },
     "": {"_version", "backends", "flat", "ops", "optimizers", "scales", "windows"},
 }
 ELSE = {"torch", "triton", "matplotlib", "numpy"}  # the last two where a function needs them

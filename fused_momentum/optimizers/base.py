@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .. import flat
+from .. import flat, shards
 from ..backends import check_request, choose
 from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
@@ -221,20 +221,24 @@ class FusedOptimizer(Optimizer):
 
         Each ``p.data`` becomes a slice of a buffer, with p's shape and memory order. With
         ``flatten=True`` this happens after the first step, and after each step that found a
-        parameter at another address. ``flatten="grads"`` does the same to the gradients.
+        parameter at another address. ``flatten="grads"`` does the same to the gradients. Sharded
+        parameters (DTensor) stay where they are.
         """
-        self._flat_params = flat.Home.of(self._params(), "data")
+        self._flat_params = flat.Home.of(self._movable(), "data")
         if self._options.flatten == "grads":
-            with_grad = [p for p in self._params() if p.grad is not None]
+            with_grad = [p for p in self._movable() if p.grad is not None]
             self._flat_grads = flat.Home.of(with_grad, "grad")
         return self._flat_params.buffers
 
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _movable(self) -> list[torch.Tensor]:
+        return [p for p in self._params() if not shards.is_sharded(p)]
+
     def _is_flat(self) -> bool:
-        grads = [p for p in self._params() if p.grad is not None]
-        return self._flat_params.holds(self._params()) and (
+        grads = [p for p in self._movable() if p.grad is not None]
+        return self._flat_params.holds(self._movable()) and (
             self._options.flatten != "grads" or self._flat_grads.holds(grads)
         )
 
@@ -341,7 +345,8 @@ class FusedOptimizer(Optimizer):
         lacking = [(param, name) for param, name, _ in found]
         make_states(self.rule, lacking, self.state, self._options.state_dtype)
         for param, name, tensor in found:
-            self.state[param][name].copy_(tensor.reshape(self.state[param][name].shape))
+            state = self.state[param][name]
+            state.copy_(shards.spread(tensor.reshape(state.shape), state))
 
     def _complete(self, held: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
         """Add what another implementation's checkpoint lacks of a parameter's state."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .. import shards
 from ..rules import RULES
 from .base import FusedOptimizer, check_lr, check_no_torch_form, sgd_keywords
 
@@ -126,6 +127,18 @@ class FusedSGDSaI(FusedOptimizer):
         for key, choices in self.rule.choices.items():
             if group[key] not in choices:
                 raise ValueError(f"{key}={group[key]!r} is not one of {list(choices)}")
+
+    def _plan_step(self, params: list[torch.Tensor] | None, updates: bool = True) -> bool:
+        for i, group in enumerate(self.param_groups):
+            if group["degenerate"] != "defer":
+                continue
+            for k, param in enumerate(group["params"]):
+                if shards.is_sharded(param):
+                    raise ValueError(
+                        f"param_groups[{i}]: degenerate='defer', but ['params'][{k}] is a DTensor; "
+                        "needed: 'bound' or 'official'"
+                    )
+        return super()._plan_step(params, updates)
 
     # -- the scales --------------------------------------------------------------------------------
 
