@@ -119,6 +119,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("kept", &Plan::kept)
       .def("measure", &Plan::measure)
       .def("run", &Plan::run)
+      .def("step", &Plan::step)
       .def("measure_cuda", &Plan::measure_cuda)
       .def("run_cuda", &Plan::run_cuda)
       .def_property_readonly("launches", &Plan::launches)

@@ -19,7 +19,8 @@ std::string dtype_name(const at::Tensor& tensor) {
 }
 
 DType dtype_of(const std::string& name, const at::Tensor& tensor) {
-  switch (c10::toRealValueType(tensor.scalar_type())) {
+  switch (tensor.scalar_type() == at::kComplexHalf ? at::kComplexHalf
+                                                   : c10::toRealValueType(tensor.scalar_type())) {
     case at::kFloat:
       return DType::f32;
     case at::kDouble:
@@ -53,6 +54,17 @@ void check_stream(const std::string& name, const at::Tensor& param, const at::Te
                    "; both must be real or both complex");
 }
 
+void check_memory(const std::string& name, const at::Tensor& param, const at::Tensor& tensor,
+                  bool written) {
+  if (tensor.numel() == 0) return;
+  TORCH_CHECK(!written || at::has_internal_overlap(tensor) != at::MemOverlap::Yes, name,
+              " has elements that share memory (an expanded tensor); give it memory of its own");
+  TORCH_CHECK(at::get_overlap_status(param, tensor) != at::MemOverlapStatus::Partial, name,
+              " shares a part of its parameter's memory; give it memory of its own");
+  TORCH_CHECK(tensor.const_data_ptr() != nullptr, name,
+              " has no memory: its storage has been given back");
+}
+
 }  // namespace
 
 void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,
@@ -68,13 +80,12 @@ void describe(const std::string& name, const std::vector<at::Tensor>& streams, S
     segment->dtype[s] = dtype_of(stream_name, tensor);
     // An absent state has the type that states have by default: no launch of its own for it.
     if (!streams[s].defined() && segment->dtype[s] != DType::f64) segment->dtype[s] = DType::f32;
+    check_memory(stream_name, param, tensor, s != 1);
     strided.push_back({tensor.sizes().data(), tensor.strides().data()});
   }
   TORCH_CHECK_TYPE(
       !param.is_conj() && !param.is_neg(), name,
       " is a lazily conjugated or negated view; resolve it with .resolve_conj().resolve_neg()");
-  TORCH_CHECK(at::has_internal_overlap(param) != at::MemOverlap::Yes, name,
-              " has elements that share memory (an expanded tensor); give it memory of its own");
   const auto kind = make_layout(int(param.dim()), strided, param.is_complex(), &made);
   TORCH_CHECK(kind != LayoutKind::too_many_dims, name, " with its gradient has more than ",
               kMaxDims, " dimensions that cannot be merged; make the gradient contiguous");

@@ -53,7 +53,8 @@ void Plan::read_groups(const py::list& groups) {
   entries_.shrink_to_fit();
   segments_.shrink_to_fit();
   by_address_.shrink_to_fit();
-  states_.assign(entries_.size() * state_keys_.size(), py::object());
+  states_.assign(entries_.size() * state_keys_.size(), nullptr);
+  kept_.assign(entries_.size() * info_.kept, py::object());
   steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
   layouts_.clear();
   tiles_changed_ = true;
@@ -109,12 +110,13 @@ std::string Plan::name_of(int64_t position) const {
 
 std::vector<int64_t> Plan::positions_of(const py::list& subset) const {
   std::vector<int64_t> positions;
+  std::vector<bool> given(entries_.size());
   for (const py::handle& param : subset) {
     const int64_t position = find(param.ptr());
     TORCH_CHECK_VALUE(position >= 0, "params[", positions.size(),
                       "] is not a parameter of this optimizer");
-    TORCH_CHECK_VALUE(std::find(positions.begin(), positions.end(), position) == positions.end(),
-                      "params[", positions.size(), "] is given twice");
+    TORCH_CHECK_VALUE(!given[position], "params[", positions.size(), "] is given twice");
+    given[position] = true;
     positions.push_back(position);
   }
   return positions;
@@ -124,7 +126,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   Py_VISIT(read_row_.ptr());
   for (const Group& group : groups_) Py_VISIT(group.dict.ptr());
   for (const Entry& entry : entries_) Py_VISIT(entry.param.ptr());
-  for (const py::object& state : states_) Py_VISIT(state.ptr());
+  for (const py::object& number : kept_) Py_VISIT(number.ptr());
   for (const py::object& step : steps_) Py_VISIT(step.ptr());
   return 0;
 }

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/autograd/variable.h>
 
+#include <array>
+
 namespace fused_momentum {
 
 // param.grad, without its warning for tensors that are no leaves; nullptr: there is none.
@@ -22,11 +24,23 @@ inline uint64_t version_of(PyObject* dict) {
 #endif
 }
 
-// Where the elements of a strided tensor begin.
-inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
+// Bytes of an element; 0 for types that no stream has.
+inline int itemsize_of(c10::ScalarType type) {
+  static const auto table = [] {
+    std::array<uint8_t, 256> sizes{};
+    for (const auto known : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kComplexFloat,
+                             at::kComplexDouble})
+      sizes[uint8_t(known)] = uint8_t(c10::elementSize(known));
+    return sizes;
+  }();
+  return table[uint8_t(type)];
+}
+
+// Where the elements of a strided tensor begin; nullptr: its memory has been given back.
+inline char* address_of(const c10::TensorImpl* impl, c10::ScalarType type, bool written) {
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
-  return static_cast<char*>(data) + impl->storage_offset() * itemsize;
+  return data ? static_cast<char*>(data) + impl->storage_offset() * itemsize_of(type) : nullptr;
 }
 
 // Whether any thread may read its sizes: a nested tensor has none, a subclass may ask Python.
@@ -40,9 +54,10 @@ inline uint64_t mix(uint64_t key, uint64_t number) {
   return (key ^ (key >> 31) ^ number) * 0x9e3779b97f4a7c15u;
 }
 
-// The dispatch keys tell device, layout, subclass and lazy conjugation apart.
+// The dispatch keys tell kind of device, layout, subclass and lazy conjugation apart.
 inline uint64_t kind_of(const c10::TensorImpl* impl) {
-  return impl->key_set().raw_repr() << 8 ^ uint64_t(impl->dtype().toScalarType());
+  const uint64_t index = uint8_t(impl->device().index());
+  return (impl->key_set().raw_repr() << 16 ^ index << 8) | uint8_t(impl->dtype().toScalarType());
 }
 
 [[gnu::noinline]] inline uint64_t with_layouts(uint64_t key, const c10::TensorImpl* param,
@@ -54,7 +69,7 @@ inline uint64_t kind_of(const c10::TensorImpl* impl) {
   return key;
 }
 
-// Changes whenever dtype, kind of device, shape or memory order of a parameter or its gradient do,
+// Changes whenever dtype, device, shape or memory order of a parameter or its gradient do,
 // or which states are needed. Neither 0 nor 1.
 [[gnu::always_inline]] inline uint64_t key_of(const c10::TensorImpl* param,
                                               const c10::TensorImpl* grad, uint32_t states) {

@@ -65,8 +65,10 @@ struct Plan::Known {
   const Entry* entries;
   Segment* segments;
   const uint32_t* needed;
-  const py::object *states, *state_names, *steps;  // steps: nullptr where none are counted
-  int keys, states_of_rule, kept_itemsize;
+  PyObject* const* states;
+  const py::object *state_names, *steps;  // steps: nullptr where none are counted
+  int keys, states_of_rule;
+  at::ScalarType kept_dtype;
   uint64_t state_version;
 
   explicit Known(Plan* plan)
@@ -78,7 +80,7 @@ struct Plan::Known {
         steps(plan->read_row_.is_none() ? nullptr : plan->steps_.data()),
         keys(int(plan->state_keys_.size())),
         states_of_rule(plan->info_.states),
-        kept_itemsize(itemsize_of(plan->info_.kept_dtype)),
+        kept_dtype(plan->info_.kept_dtype == DType::f64 ? at::kDouble : at::kFloat),
         state_version(plan->state_version_) {}
 
   // Whether state[param] still holds the tensors that were found there. They are made in the order
@@ -95,7 +97,7 @@ struct Plan::Known {
         again = true;
         at = 0;
       }
-      if (value != states[position * keys + k].ptr()) return false;
+      if (value != states[position * keys + k]) return false;
     }
     return true;
   }
@@ -111,13 +113,16 @@ struct Plan::Known {
     }
     for (int k = 0; k < keys; k++) {
       if ((needed_here >> k & 1) == 0) continue;
-      const py::object& state = states[position * keys + k];
-      if (!state) return false;
+      PyObject* const state = states[position * keys + k];
+      if (state == nullptr) return false;
       const bool is_state = k < states_of_rule;
       const void* data = is_state ? segment.data[2 + k] : segment.kept[k - states_of_rule];
-      const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
-      if (data != nullptr &&
-          data != address_of(THPVariable_Unpack(state.ptr()).unsafeGetTensorImpl(), itemsize, true))
+      if (data == nullptr) continue;
+      const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
+      const at::ScalarType dtype = is_state ? entry.dtype[2 + k] : kept_dtype;
+      // Another tensor may have come to lie where the last one was.
+      if (impl->dtype().toScalarType() != dtype || data != address_of(impl, dtype, true) ||
+          (is_state && impl->numel() << c10::isComplexType(dtype) != segment.numel))
         return false;
     }
     return steps == nullptr || steps[position];
@@ -137,8 +142,9 @@ struct Plan::Known {
         entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
       return Found::changed;
     if (segment.numel == 0) return Found::same;
-    void* p = address_of(impl, entry.itemsize[0], true);
-    void* g = address_of(grad, entry.itemsize[1], false);
+    void* p = address_of(impl, entry.dtype[0], true);
+    void* g = address_of(grad, entry.dtype[1], false);
+    if (p == nullptr || g == nullptr) return Found::changed;
     // What is not written stays in the caches of all threads.
     const bool param_moved = segment.data[0] != p, grad_moved = segment.data[1] != g;
     if (param_moved) segment.data[0] = p;
@@ -175,9 +181,12 @@ bool Plan::find_state(int64_t position, size_t k) {
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-  py::object& known = states_[position * state_keys_.size() + k];
-  if (known.ptr() != found) entries_[position].settled = false;
-  known = py::reinterpret_borrow<py::object>(found);
+  states_[position * state_keys_.size() + k] = found;
+  if (int64_t(k) >= info_.states) {
+    py::object& known = kept_[position * info_.kept + int64_t(k) - info_.states];
+    if (known.ptr() != found) entries_[position].settled = false;
+    known = py::reinterpret_borrow<py::object>(found);
+  }
   return !needed || found != nullptr;
 }
 
@@ -194,14 +203,14 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
   std::vector<at::Tensor> streams{param, *found};
   for (int k = 0; k < info_.states; k++) {
-    const py::object& state = states_[position * state_keys_.size() + k];
-    streams.push_back(state ? THPVariable_Unpack(state.ptr()) : at::Tensor());
+    PyObject* const state = states_[position * state_keys_.size() + k];
+    streams.push_back(state ? THPVariable_Unpack(state) : at::Tensor());
   }
   entry.key = 0;
   const bool sharded = take_parts(position, &streams);
   const bool lazy = streams[1].is_conj() || streams[1].is_neg();
   if (lazy) streams[1] = streams[1].resolve_conj().resolve_neg();
-  if (sharded || lazy) made_.push_back(streams[1]);
+  if (lazy) made_.push_back(streams[1]);
   const void* before = segments_[position].data[0];
   prepare(position, streams);
   moves_ += before != segments_[position].data[0];
@@ -220,39 +229,41 @@ bool Plan::take_parts(int64_t position, std::vector<at::Tensor>* streams) {
   const auto parts = py::cast<std::vector<std::optional<at::Tensor>>>(
       parts_of_(name_of(position), py::cast(*streams)));
   if (parts[0]->is_same(param)) return false;
-  for (size_t s = 0; s < streams->size(); s++) (*streams)[s] = parts[s] ? *parts[s] : at::Tensor();
+  for (size_t s = 0; s < streams->size(); s++) {
+    (*streams)[s] = parts[s] ? *parts[s] : at::Tensor();
+    made_.push_back((*streams)[s]);
+  }
   sharded_.emplace_back(position, streams->front());
   return true;
 }
 
+// Where it raises, what is known of the tensor stays as it was.
 void Plan::prepare(int64_t position, const std::vector<at::Tensor>& streams) {
-  Segment& segment = segments_[position];
-  const Segment before = segment;
-  for (size_t s = 0; s < streams.size(); s++)
-    entries_[position].itemsize[s] = streams[s].defined() ? uint8_t(streams[s].itemsize()) : 0;
+  Segment segment = segments_[position];
   std::unique_ptr<Layout> layout;
   describe(name_of(position), streams, &segment, &layout);
+  describe_kept(position, streams[0], &segment);
+  for (size_t s = 0; s < streams.size(); s++)
+    if (streams[s].defined()) entries_[position].dtype[s] = streams[s].scalar_type();
+  generation_ += !says_the_same(segments_[position], segment);
+  tiles_changed_ |= segments_[position].numel != segment.numel;
+  segments_[position] = segment;
   layouts_.erase(position);
   if (layout) layouts_[position] = std::move(layout);
-  tiles_changed_ |= before.numel != segment.numel;
-  prepare_kept(position, streams[0]);
-  generation_ += !says_the_same(before, segment);
 }
 
-void Plan::prepare_kept(int64_t position, const at::Tensor& param) {
+void Plan::describe_kept(int64_t position, const at::Tensor& param, Segment* segment) const {
   for (int k = 0; k < info_.kept; k++) {
-    const size_t key = info_.states + k;
-    const py::object& found = states_[position * state_keys_.size() + key];
-    void*& at = segments_[position].kept[k];
-    at = nullptr;
+    const py::object& found = kept_[position * info_.kept + k];
+    segment->kept[k] = nullptr;
     if (!found) continue;
     const at::Tensor& number = THPVariable_Unpack(found.ptr());
     const auto dtype = info_.kept_dtype == DType::f64 ? at::kDouble : at::kFloat;
     TORCH_CHECK_TYPE(
         number.numel() == 1 && number.scalar_type() == dtype && number.device() == param.device(),
-        name_of(position), ": its state '", state_keys_[key].name, "' must be a ", dtype,
-        " tensor of one element on ", param.device());
-    at = number.mutable_data_ptr();
+        name_of(position), ": its state '", state_keys_[info_.states + k].name, "' must be a ",
+        dtype, " tensor of one element on ", param.device());
+    segment->kept[k] = number.mutable_data_ptr();
   }
 }
 
@@ -304,7 +315,8 @@ int64_t Plan::bytes() const {
   const auto bytes_of = [](const auto& list) {
     return int64_t(list.capacity() * sizeof(*list.data()));
   };
-  int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(segments_) +
+  int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(kept_) +
+                  bytes_of(segments_) +
                   bytes_of(tiles_.ends) + bytes_of(state_order_) + bytes_of(by_address_) +
                   bytes_of(steps_) + bytes_of(changed_) + bytes_of(tensor_scalars_) +
                   bytes_of(tile_sums_);

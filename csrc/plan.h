@@ -87,6 +87,10 @@ class Plan {
   // The step itself, on the CPU.
   void run();
 
+  // Both at once, with nothing in between, where nothing is lacking; returns whether it is done.
+  bool step(const py::list& groups, const py::dict& state, const std::optional<py::list>& subset,
+            double grad_multiplier);
+
   // The same on CUDA devices: one kernel per device and set of types, on the stream that
   // current_stream(device index) names. grad_scale and found_inf are read there.
   void measure_cuda(const py::function& current_stream, bool updates,
@@ -148,7 +152,7 @@ class Plan {
     PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
     // See key_of. 0: takes no part; 1: is read anew at each step.
     uint64_t key = 0;
-    uint8_t itemsize[kMaxStreams] = {};
+    at::ScalarType dtype[kMaxStreams] = {};
     bool settled = false;
   };
   struct Known;
@@ -171,12 +175,13 @@ class Plan {
   void meet(at::DeviceType type, Todo* todo) const;
   bool take_parts(int64_t position, std::vector<at::Tensor>* streams);
   void prepare(int64_t position, const std::vector<at::Tensor>& streams);
-  void prepare_kept(int64_t position, const at::Tensor& param);
+  void describe_kept(int64_t position, const at::Tensor& param, Segment* segment) const;
   int group_of(int64_t position) const;
   int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;
   void append_needed();
   void make_scratch(const Launch& launch);
+  std::vector<c10::Storage> memory() const;
   std::vector<int64_t> positions_of(const py::list& subset) const;
   template <class F>
   void with_launch(F&& f);
@@ -203,7 +208,10 @@ class Plan {
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<py::object> states_;   // entries x state_keys: the tensors the segments point into
+  // entries x state_keys: the tensors the segments point into. The optimizer's dicts own them, and
+  // each read looks whether they still do: a state that is dropped between steps is gone.
+  std::vector<PyObject*> states_;
+  std::vector<py::object> kept_;     // entries x the rule's kept numbers, of these
   std::vector<py::object> steps_;    // per entry, where steps are counted
   std::vector<int32_t> by_address_;  // positions, sorted by the parameters' addresses
   // Positions of the parameters in the order of the optimizer's dict; -1: a key that is none.
@@ -213,11 +221,10 @@ class Plan {
   bool state_is_newer_ = true;  // what it holds may have changed since then
   PyObject* state_ = nullptr;   // the optimizer's dict
 
-  // Gradients that are not the parameter's own: of a lazily conjugated or negated one made real,
-  // of a sharded one the part here. Alive until the next step.
+  // Tensors of this step that nobody else need own: lazily conjugated or negated gradients made
+  // real, and the parts here of sharded parameters, gradients and states.
   std::vector<at::Tensor> made_;
-  // The parts here of sharded parameters, by position.
-  std::vector<std::pair<int64_t, at::Tensor>> sharded_;
+  std::vector<std::pair<int64_t, at::Tensor>> sharded_;  // of these the parameters, by position
 
   std::vector<Segment> segments_;
   std::map<int64_t, std::unique_ptr<Layout>> layouts_;  // by position

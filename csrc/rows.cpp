@@ -16,6 +16,8 @@ double number_of(PyObject* value, PyObject* key) {
     return THPVariable_Unpack(value).item().toDouble();
   const double number = PyFloat_AsDouble(value);
   if (number == -1.0 && PyErr_Occurred()) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_ValueError))
+      throw py::error_already_set();
     PyErr_Clear();
     TORCH_CHECK_TYPE(false, "param_groups: ", py::cast<std::string>(py::handle(key)), " is a ",
                      Py_TYPE(value)->tp_name, "; needed: a number or a tensor with one element");
@@ -23,10 +25,19 @@ double number_of(PyObject* value, PyObject* key) {
   return number;
 }
 
+// Keys that the groups of torch.optim.SGD, and of its checkpoints, do not have: absent is False.
+bool is_optional(const std::string& key) {
+  return key == "capturable" || key == "decoupled_weight_decay";
+}
+
 double read_number(PyObject* dict, const py::object& key,
                    const std::vector<std::string>& choices = {}) {
   PyObject* value = PyDict_GetItemWithError(dict, key.ptr());
-  TORCH_CHECK(value != nullptr, "param_groups: key '", py::cast<std::string>(key), "' is missing");
+  if (value == nullptr) {
+    const std::string name = py::cast<std::string>(key);
+    if (is_optional(name)) return 0;
+    throw py::key_error("param_groups: key '" + name + "' is missing");
+  }
   if (choices.empty()) return number_of(value, key.ptr());
   for (size_t i = 0; i < choices.size(); i++)
     if (PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, choices[i].c_str()) == 0)

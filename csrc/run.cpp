@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/run.h"
+#include "peek.h"
 #include "plan.h"
 #include "tiles.h"
 
@@ -41,7 +42,7 @@ std::vector<int64_t> Plan::unsettled_shards() const {
 
 void Plan::settle(int64_t position, const py::list& kept) {
   if (size_t(position) >= entries_.size()) return;
-  const py::object* known = &states_[position * state_keys_.size() + info_.states];
+  const py::object* known = &kept_[position * info_.kept];
   bool same = true;
   for (int k = 0; k < info_.kept; k++)
     same &= (known[k] ? known[k].ptr() : Py_None) == PyList_GET_ITEM(kept.ptr(), k);
@@ -51,14 +52,35 @@ void Plan::settle(int64_t position, const py::list& kept) {
 std::pair<py::list, std::vector<double>> Plan::kept(int64_t position) const {
   py::list tensors;
   for (int k = 0; k < info_.kept; k++) {
-    const py::object& found = states_.at(position * state_keys_.size() + info_.states + k);
+    const py::object& found = kept_.at(position * info_.kept + k);
     tensors.append(found ? found : py::none());
   }
   const double* hyper = hyper_.data() + segments_[position].row * hyper_keys_.size();
   return {tensors, std::vector<double>(hyper, hyper + hyper_keys_.size())};
 }
 
-// Calls f with this step as a launch, without the GIL.
+// Up to this cost (tiles.h), some milliseconds, a step keeps the GIL: what it works on is safe then.
+constexpr int64_t kCostWithGil = 1 << 22;
+
+// The memory of this step, which other threads may drop.
+std::vector<c10::Storage> Plan::memory() const {
+  std::vector<c10::Storage> memory;
+  const auto add = [&memory](const at::Tensor& tensor) {
+    if (tensor.has_storage()) memory.push_back(tensor.storage());
+  };
+  for_each_chosen([&](int64_t position) {
+    if (segments_[position].numel == 0) return;
+    const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
+    add(param);
+    if (const at::Tensor* grad = grad_of(param)) add(*grad);
+    for (int k = 0; k < info_.states; k++)
+      if (PyObject* state = states_[position * state_keys_.size() + k])
+        add(THPVariable_Unpack(state));
+  });
+  return memory;
+}
+
+// Calls f with this step as a launch.
 template <class F>
 void Plan::with_launch(F&& f) {
   std::vector<Segment> segments;
@@ -73,8 +95,17 @@ void Plan::with_launch(F&& f) {
   const Launch launch =
       all_ ? describe_launch(segments_, tiles_) : describe_launch(segments, tiles);
   if (launch.segment_count == 0) return;
+  if (launch.cost <= kCostWithGil) return f(launch);
+  const std::vector<c10::Storage> alive = memory();
   py::gil_scoped_release without_gil;
   f(launch);
+}
+
+bool Plan::step(const py::list& groups, const py::dict& state,
+                const std::optional<py::list>& subset, double grad_multiplier) {
+  if (read(groups, state, subset, grad_multiplier, {})) return false;
+  run();
+  return true;
 }
 
 void Plan::make_scratch(const Launch& launch) {
@@ -116,6 +147,8 @@ void Plan::finish() {
   });
   for (const auto& [position, part] : sharded_)
     if (!part.is_inference()) part.unsafeGetTensorImpl()->bump_version();
+  sharded_.clear();
+  made_.clear();
   if (!begins_) return;
   for_each_chosen([&](int64_t position) {
     if (entries_[position].key != 0) segments_[position].first = false;

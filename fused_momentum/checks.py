@@ -66,8 +66,16 @@ def check_param(name: str, param: object) -> None:
         )
 
 
+# Keys that the groups of torch.optim.SGD, and of its checkpoints, do not have: absent is False.
+OPTIONAL_KEYS = ("capturable", "decoupled_weight_decay")
+
+
 def number_of(group: dict, key: str, choices: tuple[str, ...] = ()) -> float:
     """The value of a hyper-parameter, or the number of its choice; as csrc/rows.cpp."""
+    if key not in group:
+        if key in OPTIONAL_KEYS:
+            return 0.0
+        raise KeyError(f"param_groups: key {key!r} is missing")
     value = group[key]
     if choices:
         if value not in choices:

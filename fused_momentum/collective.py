@@ -49,7 +49,7 @@ def settle_shards(rule: Rule, walk: Any, grad_multiplier: float, updates: bool) 
         update = reference.Update(
             rule, part, grad, states, kept, hyper, grad_multiplier=grad_multiplier
         )
-        if update.settled():
+        if update.is_known():
             walk.settle(position, kept)
         else:
             params.append(param)
@@ -60,6 +60,6 @@ def settle_shards(rule: Rule, walk: Any, grad_multiplier: float, updates: bool) 
         first, *_ = update.settle(row, reference.numel_of(param), updates)
         if first:
             begin.append(position)
-        if update.settled():
+        if update.is_known():
             walk.settle(position, kept)
     return begin

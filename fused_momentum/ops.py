@@ -45,20 +45,31 @@ def _check_lists(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
             check_tensor(f"{name}[{i}]", tensor, lists[0][i])
 
 
+def _span(tensor: torch.Tensor) -> tuple[str, int, int]:
+    """Kind of device, first address and the one after the last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return tensor.device.type, begin, begin + (last + 1) * tensor.element_size()
+
+
 def _check_overlap(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
-    """Raise where two tensors that are written share memory."""
-    names = ["params", *(f"{s.name}s" for s in rule.states)]
+    """Raise where the addresses of what is written reach into another tensor's."""
+    names = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
     spans = []
-    for name, tensors in zip(names, [lists[0], *lists[2:]], strict=True):
-        for i, t in enumerate(tensors):
-            if t.numel():
-                last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-                end = t.data_ptr() + (last + 1) * t.element_size()
-                spans.append((t.device.type, t.data_ptr(), end, f"{name}[{i}]"))
-    spans.sort()
-    for (device, _, end, name), (other_device, begin, _, other) in itertools.pairwise(spans):
-        if device == other_device and begin < end:
-            raise ValueError(f"{name} and {other} overlap in memory; every one must have its own")
+    for name, tensors in zip(names, lists, strict=True):
+        for i, tensor in enumerate(tensors):
+            own_grad = name == "grads" and _span(tensor) == _span(lists[0][i])
+            if tensor.numel() and not own_grad:
+                spans.append((*_span(tensor), name != "grads", f"{name}[{i}]"))
+    furthest: dict[tuple[str, bool], tuple[int, str]] = {}  # by device and whether it is written
+    for device, begin, end, written, name in sorted(spans):
+        for other_written in (True, False):
+            reach, other = furthest.get((device, other_written), (0, ""))
+            if (written or other_written) and begin < reach:
+                raise ValueError(
+                    f"{other} and {name} overlap in memory; what is written must have its own"
+                )
+        furthest[device, written] = max((end, name), furthest.get((device, written), (0, "")))
 
 
 def _run_native(rule: Rule, streams, hyper: Sequence[float], multiplier: float, first: bool):
@@ -144,8 +155,8 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
 
     def functional(*lists, **numbers):
         _check_lists(rule, lists)
-        _check_overlap(rule, lists)
-        written = [[t.clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
+        # No gradient flows through an update, so none may seem to.
+        written = [[t.detach().clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
         update([written[0], lists[1], *written[1:]], numbers)
         return tuple(written)
 
@@ -186,6 +197,9 @@ def _function(rule: Rule, name: str) -> Callable:
     def function(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        for list_name, tensors in zip(positional, bound.args, strict=False):
+            if isinstance(tensors, torch.Tensor):
+                raise TypeError(f"{list_name} is a tensor; needed: a list of tensors")
         return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)
 
     function.__name__ = function.__qualname__ = name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,10 +36,26 @@ class Amp(NamedTuple):
         """1 / scale, rounded to float32 as GradScaler.unscale_ does; waits for the device."""
         if self.grad_scale is None:
             return 1.0
-        return ctypes.c_float(1.0 / self.grad_scale.item()).value
+        scale = self.grad_scale.item()
+        return ctypes.c_float(1.0 / scale if scale else math.inf).value
 
 
 NO_AMP = Amp()
+
+
+class Question(NamedTuple):
+    """Kept numbers of one device that are on their way to the host."""
+
+    device: torch.device
+    arrived: torch.cuda.Event | None  # None: they are there
+    positions: list[int]
+    kept: list[list[torch.Tensor | None]]
+    hyper: list[list[float]]
+    numbers: torch.Tensor  # float64 [positions, kept numbers]
+
+    def is_answered(self) -> bool:
+        """Whether the numbers are on the host; while a graph is captured nobody may ask."""
+        return self.arrived is None or (not _is_capturing(self.device) and self.arrived.query())
 
 
 class Watch:
@@ -46,33 +63,39 @@ class Watch:
 
     def __init__(self, rule: Rule, walk: Any):
         self._rule, self._walk = rule, walk
-        # Numbers on their way to the host, of the tensors at these positions that keep them:
-        # (arrived, positions, kept, hyper-parameters, numbers).
-        self._asked: tuple[torch.cuda.Event | None, list, tuple, tuple, torch.Tensor] | None = None
+        self._questions: list[Question] = []
 
     def measures(self) -> bool:
         """Whether a tensor of this step may have something to measure, as far as is known."""
-        if self._asked is not None and self._arrived():
-            _, *columns, numbers = self._asked
-            self._asked = None
-            for position, kept, hyper, row in zip(*columns, numbers.tolist(), strict=True):
+        waiting = []
+        for q in self._questions:
+            if not q.is_answered():
+                waiting.append(q)
+                continue
+            rows = zip(q.positions, q.kept, q.hyper, q.numbers.tolist(), strict=True)
+            for position, kept, hyper, row in rows:
                 if self._rule.measure.settled(*hyper, *row):
                     self._walk.settle(position, kept)
+        self._questions = waiting
         return self._walk.measures()
-
-    def _arrived(self) -> bool:
-        """Whether the numbers are on the host; while a graph is captured nobody may ask."""
-        arrived = self._asked[0]
-        return arrived is None or (not torch.cuda.is_current_stream_capturing() and arrived.query())
 
     @torch.no_grad()
     def ask(self) -> None:
         """Have the kept numbers, which a measuring step is about to write, sent to the host."""
-        positions = self._walk.unsettled()
-        kept, hyper = zip(*map(self._walk.kept, positions), strict=True)
-        device = next(tensor.device for tensor in kept[0] if tensor is not None)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return  # what is captured runs later, and at every replay
+        members: dict[torch.device, list[int]] = {}
+        for position in self._walk.unsettled():
+            kept, _ = self._walk.kept(position)
+            device = next(tensor.device for tensor in kept if tensor is not None)
+            members.setdefault(device, []).append(position)
+        # What is captured runs later, and at every replay.
+        self._questions = [
+            self._question(device, positions)
+            for device, positions in members.items()
+            if not _is_capturing(device)
+        ]
+
+    def _question(self, device: torch.device, positions: list[int]) -> Question:
+        kept, hyper = map(list, zip(*map(self._walk.kept, positions), strict=True))
         columns = []
         for k, number in enumerate(self._rule.kept):
             given = [row[k] for row in kept]
@@ -82,8 +105,15 @@ class Watch:
         if device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record()
-        self._asked = (arrived, positions, kept, hyper, numbers)
+            arrived.record(torch.cuda.current_stream(device))
+        return Question(device, arrived, positions, kept, hyper, numbers)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class _Walked:
@@ -137,6 +167,7 @@ class Plan:
         # first steps; else the host must wait for it.
         self._reads_amp = False
         self._settled = False
+        self._alone: Any = None  # the walk that takes whole steps, where there is one
 
     def _take(self, device_type: str, groups: list[dict]) -> None:
         """Choose the back-end for one kind of device, and make its walk."""
@@ -153,10 +184,16 @@ class Plan:
         self._watches[device_type] = Watch(self.rule, walk)
         runners = {"cuda": _Cuda, "triton": lambda: _Triton(self.rule)}
         self._runners[device_type] = runners.get(name, _Walked)()
+        self._alone = self._walk_alone(name)
         # Steps are counted on the host: it must know whether this is one.
         self._reads_amp = self.rule.read is None and not any(
             isinstance(runner, _Walked) for runner in self._runners.values()
         )
+
+    def _walk_alone(self, name: str) -> Any:
+        """The walk, where it is the only one, in the extension, and nothing is measured."""
+        alone = name == "cpu" and len(self._walks) == 1 and self.rule.measure is None
+        return next(iter(self._walks.values())) if alone else None
 
     def _make_walk(self, name: str, device_type: str) -> Any:
         extension, _ = native.load()
@@ -178,6 +215,11 @@ class Plan:
     def moves(self) -> int:
         """Changes at least when a parameter was found at another address."""
         return sum(walk.moves for walk in self._walks.values())
+
+    @property
+    def generation(self) -> int:
+        """Changes at least when a parameter, gradient or state was found at another address."""
+        return sum(walk.generation for walk in self._walks.values())
 
     @property
     def bytes(self) -> int:
@@ -208,37 +250,54 @@ class Plan:
             for device_type in _device_types(groups):
                 self._take(device_type, groups)
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
+        if self._alone is not None and self._alone.step(groups, state, params, grad_multiplier):
+            return True
         first: dict[str, list[int]] = {}
-        made = False
+        made: list[tuple[torch.Tensor, str]] = []
         read = partial(self._read, groups, state, params, grad_multiplier, first)
-        todo = read()
-        if self.rule.measure is not None and not self.rule.measure.settles:
-            self._refuse_shards(groups)
-        while todo:
-            if not waits and amp.skips():
-                return False
-            made = True
-            for device_type, found in todo.items():
-                lacking = [self._walks[device_type].at(k) for k in found.missing]
-                begin = self.make_states([(param, groups[i]) for param, i in lacking], state)
-                first[device_type] = list(itertools.compress(found.missing, begin))
+        try:
             todo = read()
-        self._settled = not made
-        if self.rule.measure is not None and self._settle_shards(updates, amp, first):
-            made = True
-            read()
-        amp = NO_AMP if waits else amp
-        if self.rule.measure is not None:
-            self._measure(updates, amp, made, on_measured)
-        if updates:
-            for device_type, walk in self._walks.items():
-                self._runners[device_type].run(walk, amp)
+            if self.rule.measure is not None and not self.rule.measure.settles:
+                self._refuse_shards(groups)
+            while todo:
+                if not waits and amp.skips():
+                    return False
+                for device_type, found in todo.items():
+                    at = self._walks[device_type].at
+                    lacking = [(param, groups[i]) for param, i in map(at, found.missing)]
+                    begin = self.make_states(lacking, state, made)
+                    first[device_type] = list(itertools.compress(found.missing, begin))
+                todo = read()
+            self._settled = not made
+            measures = bool(made)
+            if self.rule.measure is not None and self._settle_shards(updates, amp, first):
+                measures = True
+                read()
+            amp = NO_AMP if waits else amp
+            if self.rule.measure is not None:
+                self._measure(updates, amp, measures, on_measured)
+            if updates:
+                for device_type, walk in self._walks.items():
+                    self._runners[device_type].run(walk, amp)
+        except BaseException:
+            # Who has not begun must begin with the next attempt.
+            for param, name in made:
+                del state[param][name]
+                if not state[param]:
+                    del state[param]
+            raise
         return True
 
-    def make_states(self, tensors: list[tuple[torch.Tensor, dict]], state: dict) -> list[bool]:
+    def make_states(
+        self,
+        tensors: list[tuple[torch.Tensor, dict]],
+        state: dict,
+        made: list[tuple[torch.Tensor, str]],
+    ) -> list[bool]:
         """Make what these parameters, each with its group, lack; whether each has yet to begin.
 
-        One that has its states, and lacks but numbers, has begun.
+        One that has its states, and lacks only numbers, has begun. Adds (parameter, name) of what
+        was made to ``made``.
         """
         lacking, begin = [], []
         for param, group in tensors:
@@ -250,6 +309,7 @@ class Plan:
             if self.rule.read is not None and STEP not in held:
                 lacking.append((param, STEP))
         make_states(self.rule, lacking, state, self._dtype)
+        made += lacking
         return begin
 
     def _refuse_shards(self, groups: list[dict]) -> None:
@@ -280,12 +340,12 @@ class Plan:
             first[device_type] = [*first.get(device_type, ()), *begin]
         return True
 
-    def _measure(self, updates: bool, amp: Amp, made: bool, on_measured) -> None:
+    def _measure(self, updates: bool, amp: Amp, measured: bool, on_measured) -> None:
         """Measure, on all devices, what this step's tensors may have left to measure."""
         devices = [t for t in self._walks if self._watches[t].measures()]
         for device_type in devices:
             self._runners[device_type].measure(self._walks[device_type], updates, amp)
-        if (devices or made) and on_measured is not None:
+        if (devices or measured) and on_measured is not None:
             on_measured()
         for device_type in devices if self.rule.measure.settles else ():
             self._watches[device_type].ask()

@@ -104,6 +104,10 @@ class Update:
 
     def settled(self) -> bool:
         """Whether there is nothing to measure."""
+        return self._param.numel() == 0 or self.is_known()
+
+    def is_known(self) -> bool:
+        """Whether what there is to measure of the tensor has been."""
         return bool(self._rule.measure.settled(*self._hyper, *self._kept_numbers()))
 
     def measure(self, updates: bool = True) -> None:

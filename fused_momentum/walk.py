@@ -60,7 +60,8 @@ class Walk:
     """What one step of ``rule`` works on, among the tensors on one kind of device."""
 
     def __init__(self, rule: Rule, device_type: str):
-        self.moves = 0  # addresses are not compared: every walk may have found new ones
+        # Addresses are not compared: every walk may have found new ones.
+        self.moves = self.generation = 0
         self._rule = rule
         self._device_type = device_type
         self._left: set[str] = set()
@@ -95,7 +96,7 @@ class Walk:
         first: Sequence[int],
     ) -> Todo | None:
         """Find what this step works on; see ``Plan::read`` in ``csrc/plan.h``."""
-        self.moves += 1
+        self.moves = self.generation = self.moves + 1
         self._params = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
         self._items, self._updates, self._rows, self._hyper = [], {}, {}, []
         self._device_lr = []
@@ -229,7 +230,7 @@ class Walk:
         """Run the pass before the update, on the reference; ``updates``: ``run`` follows."""
         for item in self._items:
             update = self._updates[item.position] = self._update_of(item)
-            if item.param.numel() and not update.settled():
+            if not update.settled():
                 update.measure(updates)
 
     @torch.no_grad()

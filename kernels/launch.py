@@ -43,7 +43,7 @@ def launch(
             compiled = kernel[grid](*arguments, *constants, enable_fp_fusion=False, **options)
     except Exception as error:
         raise RuntimeError(
-            f"backend='triton' could not run its kernel on {device}, nothing was updated; "
+            f"backend='triton' could not run its kernel on {device}, which has updated nothing; "
             f"backend='reference' works without it. {type(error).__name__}: {error}"
         ) from error
     if compiled is not None:  # the interpreter compiles nothing

@@ -33,6 +33,7 @@ class Table:
         self._device: dict[str, torch.Tensor] = {}
         self._in_graphs: set[str] = set()  # of `_device`, those that a graph reads
         self._of_graphs: list[torch.Tensor] = []  # everything that graphs read, kept alive
+        self._stream = 0  # that orders what is read from `_device` and written there
 
     @property
     def is_in_graphs(self) -> bool:
@@ -59,6 +60,7 @@ class Table:
             layouts: int64 [n, 1 + streams, dims], sizes and each stream's strides in elements, the
                 outermost dimension first; all 0 for a tensor whose streams are all contiguous.
         """
+        self._follow_stream()
         self._upload("addresses", addresses)
         self._upload("tensor_scalars", tensor_scalars)
         if kept.numel():
@@ -103,6 +105,16 @@ class Table:
             self._in_graphs.update(names)
             self._of_graphs += [table for table in found if table is not None]
         return found
+
+    def _follow_stream(self) -> None:
+        """On another stream than last time, begin with new tables: the old ones may be in use."""
+        if self.device.type != "cuda" or is_capturing(self.device):
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if stream != self._stream:
+            self._host.clear()
+            self._device.clear()
+            self._stream = stream
 
     def _upload(self, name: str, table: torch.Tensor) -> bool:
         """Copy a table to the device; return False where it is there already."""

@@ -106,7 +106,7 @@ def test_bad_arguments_of_a_new_group(cls, given, kind, message):
 
 OPTION_ERRORS = {
     "flatten": ({"flatten": "all"}, "flatten='all' is not one of False, True, 'grads'"),
-    "state_dtype": ({"state_dtype": torch.int32}, "state_dtype=torch.int32 is not a floating"),
+    "state_dtype": ({"state_dtype": torch.int32}, "state_dtype=torch.int32 is not one of"),
     "backend": ({"backend": "gpu"}, "backend='gpu' is not one of .'auto', 'reference', 'cpu'"),
 }
 

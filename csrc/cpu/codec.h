@@ -38,12 +38,16 @@ struct bf16 {
 struct f16 {
   static constexpr DType dtype = DType::f16;
   using storage = uint16_t;
-  // The exponents differ by 112; multiplying by 2^112 also makes subnormal halves right.
+  // No float here is subnormal: torch.set_flush_denormal would make it zero, in some threads.
   static inline float load(uint16_t x) {
     const uint32_t magnitude = (uint32_t(x) & 0x7fff) << 13;
-    const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
+    const uint32_t normal = magnitude + (112u << 23);  // by which the exponents differ
+    // 0.5 has the last bit of the smallest half: what is added to its bits is added to its value.
+    const uint32_t subnormal =
+        bits_of(float_of((uint32_t(x) & 0x7fff) + bits_of(0.5f)) - 0.5f);
     const uint32_t special = magnitude | 0x7f800000;  // infinity and nan
-    const uint32_t bits = magnitude >= 0x0f800000 ? special : finite;
+    uint32_t bits = magnitude < 0x00800000 ? subnormal : normal;
+    bits = magnitude >= 0x0f800000 ? special : bits;
     return float_of(bits | (uint32_t(x) & 0x8000) << 16);
   }
   static inline uint16_t store(float x) {

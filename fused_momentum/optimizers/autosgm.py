@@ -170,7 +170,7 @@ class FusedAutoSGM(FusedOptimizer):
                 "window": window,
                 "decay": decay,
                 "eps": eps,
-                **sgd_keywords(maximize, foreach, differentiable, fused, capturable),
+                **sgd_keywords(maximize, foreach, differentiable, fused, capturable=capturable),
             }
         )
         super().__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,9 @@ from ..backends import check_request, choose
 from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
 from ..states import make_states, names_of
+
+
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Options(NamedTuple):
@@ -41,8 +45,19 @@ def check_lr(lr: float | torch.Tensor) -> None:
     """Raise where ``lr`` is not one number of 0 or more."""
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0.0:
+    if not is_not_negative("lr", lr):
         raise ValueError(f"Invalid learning rate: {lr}")
+
+
+def is_not_negative(name: str, value: Any) -> bool:
+    """Whether a hyper-parameter is 0 or more; TypeError where it is no number."""
+    try:
+        return bool(value >= 0.0)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} is {value!r} ({type(value).__name__}); needed: a number or a tensor with one "
+            "element"
+        ) from error
 
 
 def check_no_torch_form(name: str, group: dict[str, Any]) -> None:
@@ -74,8 +89,12 @@ class FusedOptimizer(Optimizer):
         check_request(backend)
         if flatten not in (False, True, "grads"):
             raise ValueError(f"flatten={flatten!r} is not one of False, True, 'grads'")
-        if state_dtype is not None and not state_dtype.is_floating_point:
-            raise ValueError(f"state_dtype={state_dtype} is not a floating-point dtype")
+        if state_dtype not in (None, *STATE_DTYPES):
+            names = ", ".join(map(str, STATE_DTYPES))
+            raise ValueError(f"state_dtype={state_dtype!r} is not one of None, {names}")
+        if isinstance(params, torch.nn.Module):
+            name = type(params).__name__
+            raise TypeError(f"params is a {name}; needed: its parameters, model.parameters()")
         self._options = Options(backend, flatten, state_dtype)
         self._forget_plan()
         super().__init__(params, defaults)
@@ -85,7 +104,7 @@ class FusedOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
         for key in ("momentum", "weight_decay"):
-            if key in group and not group[key] >= 0.0:
+            if key in group and not is_not_negative(key, group[key]):
                 raise ValueError(f"Invalid {key} value: {group[key]}")
         if group["differentiable"]:
             if group["fused"]:
@@ -100,7 +119,9 @@ class FusedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; as torch's, but every group's values are checked."""
         if isinstance(param_group, dict):
-            params = param_group.get("params", ())
+            if "params" not in param_group:
+                raise KeyError(f"a parameter group has no 'params'; its keys: {[*param_group]}")
+            params = param_group["params"]
             params = [params] if isinstance(params, torch.Tensor) else params
             if not isinstance(params, set):
                 param_group["params"] = params = list(params)
@@ -132,7 +153,8 @@ class FusedOptimizer(Optimizer):
             or _global_optimizer_post_hooks
             or profiler._is_profiler_enabled
         ):
-            return self._hooked_step() if closure is None else self._hooked_step(closure)
+            # By name: a hook may put another one in its place.
+            return self._hooked_step() if closure is None else self._hooked_step(closure=closure)
         return self._step(closure)
 
     # torch wraps `step` of every optimizer class to call hooks and to name the step to the
@@ -173,10 +195,14 @@ class FusedOptimizer(Optimizer):
         """Update all parameters, or these; return False where the step was skipped."""
         if not self._plan_step(params):
             return False
-        if self._options.flatten and self._plan.moves != self._moves_seen:
-            self._moves_seen = self._plan.moves
-            if not self._is_flat():
-                self.flatten()
+        if self._options.flatten:
+            # A gradient that moves changes no more than the generation.
+            plan, grads = self._plan, self._options.flatten == "grads"
+            moves = plan.generation if grads else plan.moves
+            if moves != self._moves_seen:
+                self._moves_seen = moves
+                if not self._is_flat():
+                    self.flatten()
         return True
 
     def _plan_step(self, params: list[torch.Tensor] | None, updates: bool = True) -> bool:
@@ -258,12 +284,16 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_plan()
-        for group in self.param_groups:
-            for key, value in {**self.defaults, **self._group_state}.items():
+        # Of a pickle it is everything, of a state_dict what is new. Nothing of self changes before
+        # all of it is there.
+        options = state.get("_options") or self._options
+        defaults = state.get("defaults") or self.defaults
+        for group in state["param_groups"]:
+            for key, value in {**defaults, **self._group_state}.items():
                 group.setdefault(key, value)
-        self._rehome_states()
+        states = self._rehomed(state["state"], state["param_groups"], options.state_dtype)
+        super().__setstate__({**state, "state": states})
+        self._forget_plan()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict``, of this class or of its torch twin; states keep their values.
@@ -329,24 +359,31 @@ class FusedOptimizer(Optimizer):
         return values
 
     @torch.no_grad()
-    def _rehome_states(self) -> None:
-        """Copy all states into new flat buffers; after loading, unpickling and deepcopy."""
+    def _rehomed(
+        self, states: dict, groups: list[dict[str, Any]], dtype: torch.dtype | None
+    ) -> dict:
+        """Copies of all states, in new flat buffers; for loading, unpickling and deepcopy."""
+        names = names_of(self.rule)
+        rehomed: dict = defaultdict(dict)
+        for param, values in states.items():
+            rehomed[param] = {key: value for key, value in values.items() if key not in names}
         found = []
-        for group in self.param_groups:
+        for group in groups:
             for param in group["params"]:
-                values = self.state.get(param, {})
+                values = states.get(param, {})
                 held = {
                     name: value.tensor if isinstance(value, _Keep) else value
-                    for name in names_of(self.rule)
-                    if (value := values.pop(name, None)) is not None
+                    for name in names
+                    if (value := values.get(name)) is not None
                 }
                 self._complete(held, group)
                 found += [(param, name, tensor) for name, tensor in held.items()]
         lacking = [(param, name) for param, name, _ in found]
-        make_states(self.rule, lacking, self.state, self._options.state_dtype)
+        make_states(self.rule, lacking, rehomed, dtype)
         for param, name, tensor in found:
-            state = self.state[param][name]
+            state = rehomed[param][name]
             state.copy_(shards.spread(tensor.reshape(state.shape), state))
+        return rehomed
 
     def _complete(self, held: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
         """Add what another implementation's checkpoint lacks of a parameter's state."""
@@ -365,13 +402,24 @@ class FusedOptimizer(Optimizer):
 
 
 def sgd_keywords(
-    maximize: bool, foreach: bool | None, differentiable: bool, fused: bool | None, capturable: bool
+    maximize: bool,
+    foreach: bool | None,
+    differentiable: bool,
+    fused: bool | None,
+    *,
+    capturable: bool,
+    decoupled_weight_decay: bool = False,
 ) -> dict[str, Any]:
-    """The keywords of torch.optim.SGD that say how, not what, as keys of a group."""
+    """The keywords that say how, not what, as keys of a group.
+
+    Those that torch.optim.SGD lacks are keys only where they are set: its checkpoints have no such
+    key, and torch.distributed.checkpoint asks for all that a group has.
+    """
+    ours = {"capturable": capturable, "decoupled_weight_decay": decoupled_weight_decay}
     return {
         "maximize": maximize,
         "foreach": foreach,
         "differentiable": differentiable,
         "fused": fused,
-        "capturable": capturable,
+        **{key: value for key, value in ours.items() if value},
     }

@@ -76,7 +76,8 @@ class FusedNAG(FusedMomentum):
             moved = p.grad is not None and (stepped is None or id(p) in stepped)
             velocity = self.state.get(p, {}).get("velocity")
             if velocity is not None and not moved:
-                p.add_(velocity.to(p.dtype), alpha=by)
+                # Each operation rounds once, in the velocity's type, the parameter last.
+                p.copy_(p.to(velocity.dtype) + velocity * by)
 
     def _move(self, evaluating: bool) -> None:
         for group in self.param_groups:

@@ -90,8 +90,14 @@ class FusedSGD(FusedOptimizer):
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
-            **sgd_keywords(maximize, foreach, differentiable, fused, capturable),
-            "decoupled_weight_decay": decoupled_weight_decay,
+            **sgd_keywords(
+                maximize,
+                foreach,
+                differentiable,
+                fused,
+                capturable=capturable,
+                decoupled_weight_decay=decoupled_weight_decay,
+            ),
         }
         super().__init__(
             params, defaults, backend=backend, flatten=flatten, state_dtype=state_dtype

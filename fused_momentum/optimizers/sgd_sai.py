@@ -111,7 +111,7 @@ class FusedSGDSaI(FusedOptimizer):
             "degenerate": degenerate,
             "dampening": dampening,
             "nesterov": nesterov,
-            **sgd_keywords(maximize, foreach, differentiable, fused, capturable),
+            **sgd_keywords(maximize, foreach, differentiable, fused, capturable=capturable),
         }
         super().__init__(
             params, defaults, backend=backend, flatten=flatten, state_dtype=state_dtype
@@ -158,7 +158,7 @@ class FusedSGDSaI(FusedOptimizer):
             if p.requires_grad or p.grad is not None
         ]
         with self._lock:
-            self._planned().make_states(tensors, self.state)
+            self._planned().make_states(tensors, self.state, [])
             self._plan_step(None, updates=False)
 
     @torch.no_grad()
