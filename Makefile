@@ -30,7 +30,7 @@ endif
 # --no-compile: what is imported is compiled then, and most of it never is.
 PIP_INSTALL := $(PY) -m pip --disable-pip-version-check -q install --no-compile
 EXTENSION := fused_momentum/_C$(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('EXT_SUFFIX'))")
-CONFIG := $(PY) $(CXX) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(FUSED_MOMENTUM_CUDA)
+CONFIG := $(PY) $(shell $(PY) -c "import torch; print(torch.__version__)" 2> /dev/null) $(CXX) $(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST) $(FUSED_MOMENTUM_CUDA)
 CPP_FILES = find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu"
 
 LINKED := $(shell cd / && $(PY) -c "import json; from importlib.metadata import distribution; print(json.loads(distribution('fused_momentum').read_text('direct_url.json'))['url'][7:])" 2>/dev/null)

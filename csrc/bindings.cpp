@@ -1,6 +1,7 @@
 // What Python sees of the extension: the plan, one call over lists of tensors, and the tables that
 // tests compare with their Python twins.
 #include <torch/csrc/DynamicTypes.h>
+#include <torch/version.h>
 
 #include <map>
 
@@ -74,6 +75,7 @@ void take_part_in_garbage_collection(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fused_momentum;
+  m.attr("TORCH_VERSION") = TORCH_VERSION;
   m.attr("TILE") = kTile;
   m.attr("TENSORS_PER_THREAD") = kTensorsPerThread;
   py::class_<RuleInfo>(m, "RuleInfo")

@@ -57,13 +57,37 @@ def check_param(name: str, param: object) -> None:
             f"{name} is a lazily conjugated or negated view; resolve it with "
             ".resolve_conj().resolve_neg()"
         )
-    expanded = [
-        size for size, stride in zip(param.shape, param.stride(), strict=True) if not stride
-    ]
-    if param.numel() and any(size > 1 for size in expanded):
+    check_memory(name, param, param, written=True)
+
+
+def check_memory(name: str, tensor: torch.Tensor, param: torch.Tensor, *, written: bool) -> None:
+    """Raise where a tensor's memory is not there, or not its own; as csrc/describe.cpp."""
+    if tensor.numel() == 0:
+        return
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    if written and any(size > 1 and stride == 0 for size, stride in dims):
         raise RuntimeError(
             f"{name} has elements that share memory (an expanded tensor); give it memory of its own"
         )
+    if tensor is not param and _overlap_in_part(tensor, param):
+        raise RuntimeError(
+            f"{name} shares a part of its parameter's memory; give it memory of its own"
+        )
+    if tensor.untyped_storage().data_ptr() == 0:
+        raise RuntimeError(f"{name} has no memory: its storage has been given back")
+
+
+def _overlap_in_part(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two dense tensors do, or lie in the same memory in another order."""
+    spans = []
+    for t in (a, b):
+        elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        if elements != t.numel():
+            return False
+        spans.append((t.data_ptr(), t.data_ptr() + elements * t.element_size()))
+    (begin, end), (other_begin, other_end) = spans
+    same = spans[0] == spans[1] and a.stride() == b.stride()
+    return begin < other_end and other_begin < end and not same
 
 
 # Keys that the groups of torch.optim.SGD, and of its checkpoints, do not have: absent is False.

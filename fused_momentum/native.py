@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
+from pathlib import Path
+
+BUILD = "pip install --no-build-isolation"
 
 
 @functools.cache
@@ -11,11 +15,29 @@ def load():
     """Return ``(extension, reason)``: the module, or None and why there is none."""
     try:
         # torch comes first: the extension links against its libraries.
-        import torch  # noqa: F401
+        import torch
 
-        return importlib.import_module("fused_momentum._C"), ""
+        extension = importlib.import_module("fused_momentum._C")
     except ImportError as error:
-        return None, f"the C++ extension is not there ({error}); build it with pip install"
+        # Started in a checkout, Python finds the sources before what is installed.
+        root = Path(__file__).parents[1]
+        if (root / "csrc").is_dir():
+            here = f"; {root} has only the sources: build there with {BUILD} -e ."
+        else:
+            here = f"; build it with {BUILD}"
+        return None, f"the C++ extension is not there ({error}){here}"
+    built, running = map(_release, (extension.TORCH_VERSION, torch.__version__))
+    if built != running:
+        # It looks into torch's tensors, and these are others in every release.
+        return None, (
+            f"the C++ extension was built for torch {built}, and this is torch {running}; build it "
+            f"again with {BUILD}"
+        )
+    return extension, ""
+
+
+def _release(version: str) -> str:
+    return re.match(r"\d+\.\d+\.\d+", version)[0]
 
 
 @functools.cache

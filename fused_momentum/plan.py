@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import collective, native, shards
-from .backends import choose
+from .backends import PREFERENCE, choose
 from .rules import Rule, State
 from .states import STEP, make_states
 from .walk import Walk, hyper_of, needed
@@ -173,7 +174,14 @@ class Plan:
         """Choose the back-end for one kind of device, and make its walk."""
         if device_type == "meta":
             _refuse_meta(groups)
-        name = choose(self._request, device_type).name
+        name, reason = choose(self._request, device_type)
+        if name == "reference" and self._request == "auto" and device_type in PREFERENCE:
+            warnings.warn(
+                f"fused_momentum: {device_type} tensors are updated by plain torch, slower than by "
+                f"torch.optim.SGD ({reason}); backend='reference' asks for it without this warning",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         walk = self._make_walk(name, device_type)
         if name in ("cuda", "triton"):
             walk.keep_lr_on_device()
@@ -250,6 +258,8 @@ class Plan:
             for device_type in _device_types(groups):
                 self._take(device_type, groups)
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
+        # torch takes any sequence for one.
+        groups = groups if type(groups) is list else list(groups)
         if self._alone is not None and self._alone.step(groups, state, params, grad_multiplier):
             return True
         first: dict[str, list[int]] = {}

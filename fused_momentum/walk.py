@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import reference, shards
-from .checks import check_param, check_tensor, number_of
+from .checks import check_memory, check_param, check_tensor, number_of
 from .rules import Kept, Rule, State
 
 
@@ -138,9 +138,11 @@ class Walk:
         kept = [held.get(k.name) if k.name in names else None for k in self._rule.kept]
         part, grad, *states = shards.parts_of(name, (param, param.grad, *states))
         check_tensor(f"{name}.grad", grad, part)
+        check_memory(f"{name}.grad", grad, part, written=False)
         for tensor in states:
             if tensor is not None:
                 check_tensor(f"{name} state", tensor, part)
+                check_memory(f"{name} state", tensor, part, written=True)
         if self._rule.read is not None:
             names.append("step")
         if any(held.get(key) is None for key in names):

@@ -5,6 +5,7 @@ must end with the same bits as one of whole tensors.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -29,10 +30,14 @@ def case(**variants):
     def register(function):
         for name, arguments in (variants or {"": ()}).items():
             full = f"{function.__name__}{name and '-'}{name}"
-            CASES[full] = lambda mesh: function(mesh, *arguments)
+            CASES[full] = partial(_call, function, arguments)
         return function
 
     return register
+
+
+def _call(function, arguments, mesh):
+    function(mesh, *arguments)
 
 
 def random(shape, seed):

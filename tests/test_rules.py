@@ -22,6 +22,8 @@ from cases import (
 )
 from torch.nn import Parameter
 
+from fused_momentum.checks import OPTIONAL_KEYS
+
 # --- the tables ------------------------------------------------------------------------------
 
 
@@ -51,7 +53,8 @@ def test_a_row_agrees_with_its_functions(rule):
     param = torch.nn.Parameter(torch.ones(1))
     if rule.read is None:
         group = CLASSES[rule.name]([param], lr=0.1).param_groups[0]
-        assert set(rule.hyper) <= set(group), "hyper names keys that its class gives no group"
+        keys = {*group, *OPTIONAL_KEYS}
+        assert set(rule.hyper) <= keys, "hyper names keys that its class gives no group"
     states, kept = [s.name for s in rule.states], tuple(k.name for k in rule.kept)
     numbers = rule.hyper + rule.tensor_scalars + kept
     assert _arguments(rule.derive) == numbers

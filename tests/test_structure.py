@@ -34,7 +34,14 @@ ARROWS = {
     "plan": {"backends", "collective", "kernels", "native", "rules", "shards", "states", "walk"},
     "ops": {"backends", "checks", "kernels", "native", "plan", "reference", "rules"},
     "optimizers": {
-        "optimizers", "backends", "flat", "plan", "rules", "shards", "states", "windows"
+        "optimizers",
+        "backends",
+        "flat",
+        "plan",
+        "rules",
+        "shards",
+        "states",
+        "windows",
     },
     "": {"_version", "backends", "flat", "ops", "optimizers", "scales", "windows"},
 }

@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 
 from fused_momentum import windows
 from fused_momentum.windows import ORDERS, SHAPES, UNITS, Window
+from fused_momentum.windows.__main__ import main
 
 # --- properties of "fixed" ----------------------------------------------------------------------
 
@@ -328,11 +329,11 @@ def test_plot_from_the_command_line(tmp_path):
 def test_plot_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     out = tmp_path / "absent" / "windows.png"
     with pytest.raises(SystemExit):
-        windows.main(["plot", "--out", str(out)])
+        main(["plot", "--out", str(out)])
     assert f"--out {out}" in capsys.readouterr().err
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
-        windows.main(["plot", "--out", str(tmp_path / "windows.png")])
+        main(["plot", "--out", str(tmp_path / "windows.png")])
     with pytest.raises(SystemExit):
-        windows.main([])
+        main([])

@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from ..rules import RULES
 from ..windows import Window
+from .arguments import sgd_keywords
 from .autosgm_config import LearningRate, Smoothing, WeightDecay
-from .base import FusedOptimizer, sgd_keywords
+from .base import FusedOptimizer
 
 CONFIGS = {"lr_cfg": LearningRate, "beta_cfg": Smoothing, "wd_cfg": WeightDecay}
 READABLE = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,10 +19,8 @@ from .. import flat, shards
 from ..backends import check_request, choose
 from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
-from ..states import make_states, names_of
-
-
-STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .arguments import check_lr, check_options, is_not_negative
+from .loading import rehomed, shielded
 
 
 class Options(NamedTuple):
@@ -32,41 +29,6 @@ class Options(NamedTuple):
     backend: str
     flatten: bool | str
     state_dtype: torch.dtype | None
-
-
-class _Keep:
-    """Carries a tensor through torch's load_state_dict, which would cast it."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-
-def check_lr(lr: float | torch.Tensor) -> None:
-    """Raise where ``lr`` is not one number of 0 or more."""
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not is_not_negative("lr", lr):
-        raise ValueError(f"Invalid learning rate: {lr}")
-
-
-def is_not_negative(name: str, value: Any) -> bool:
-    """Whether a hyper-parameter is 0 or more; TypeError where it is no number."""
-    try:
-        return bool(value >= 0.0)
-    except (TypeError, RuntimeError) as error:
-        raise TypeError(
-            f"{name} is {value!r} ({type(value).__name__}); needed: a number or a tensor with one "
-            "element"
-        ) from error
-
-
-def check_no_torch_form(name: str, group: dict[str, Any]) -> None:
-    """Raise where a class that has neither is given dampening or nesterov."""
-    if group["dampening"] != 0 or group["nesterov"]:
-        raise ValueError(
-            f"{name} has no dampening and no nesterov switch; given: "
-            f"dampening={group['dampening']}, nesterov={group['nesterov']}"
-        )
 
 
 class FusedOptimizer(Optimizer):
@@ -87,14 +49,7 @@ class FusedOptimizer(Optimizer):
     ):
         self._check_group({"params": [], **defaults})
         check_request(backend)
-        if flatten not in (False, True, "grads"):
-            raise ValueError(f"flatten={flatten!r} is not one of False, True, 'grads'")
-        if state_dtype not in (None, *STATE_DTYPES):
-            names = ", ".join(map(str, STATE_DTYPES))
-            raise ValueError(f"state_dtype={state_dtype!r} is not one of None, {names}")
-        if isinstance(params, torch.nn.Module):
-            name = type(params).__name__
-            raise TypeError(f"params is a {name}; needed: its parameters, model.parameters()")
+        check_options(params, flatten, state_dtype)
         self._options = Options(backend, flatten, state_dtype)
         self._forget_plan()
         super().__init__(params, defaults)
@@ -291,7 +246,9 @@ class FusedOptimizer(Optimizer):
         for group in state["param_groups"]:
             for key, value in {**defaults, **self._group_state}.items():
                 group.setdefault(key, value)
-        states = self._rehomed(state["state"], state["param_groups"], options.state_dtype)
+        states = rehomed(
+            self.rule, state["state"], state["param_groups"], options.state_dtype, self._complete
+        )
         super().__setstate__({**state, "state": states})
         self._forget_plan()
 
@@ -302,88 +259,14 @@ class FusedOptimizer(Optimizer):
         are copied. Raises ValueError, and changes nothing, where the dict is of another structure.
         """
         # Runs after the user's own hooks, on what they have made of the dict.
-        handle = self.register_load_state_dict_pre_hook(FusedOptimizer._keep_states)
+        handle = self.register_load_state_dict_pre_hook(FusedOptimizer._shielded)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
 
-    def _keep_states(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Check the states of a dict that is being loaded and shield them from torch's cast."""
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        param_of = dict(zip(saved, self._params(), strict=False))
-        kept = dict(state_dict["state"])
-        for i, values in kept.items():
-            if i in param_of and isinstance(values, dict):
-                kept[i] = self._shielded(i, values, param_of[i])
-        self._check_names(kept, state_dict["param_groups"])
-        return {**state_dict, "state": kept}
-
-    def _check_names(self, states: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-        """Raise where there are states, and none is of this rule: they are another optimizer's.
-
-        What users keep beside them is let through, and may be all that there is with momentum 0.
-        """
-        names = names_of(self.rule)
-        held = {i: values for i, values in states.items() if isinstance(values, dict) and values}
-        if any(name in values for values in held.values() for name in names):
-            return
-        for group in groups:
-            if all(s.when and group.get(s.when) == 0 for s in (*self.rule.states, *self.rule.kept)):
-                continue
-            for i in held.keys() & set(group["params"]):
-                raise ValueError(
-                    f"state_dict: state of parameter {i} has {sorted(held[i])}; needed: {names}"
-                )
-
-    def _shielded(self, i: int, values: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
-        """The loaded state of parameter ``i``, checked; its tensors in a shell."""
-        names, tensors = names_of(self.rule), {s.name for s in self.rule.states}
-        values = {key: value for key, value in values.items() if value is not None}
-        for name in names:
-            if name not in values:
-                continue
-            value = values[name]
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(
-                    f"state_dict: {name} of parameter {i} is a {type(value).__name__}; "
-                    "needed: a tensor"
-                )
-            shape = param.shape if name in tensors else torch.Size()
-            if value.shape != shape and not (name not in tensors and value.numel() == 1):
-                raise ValueError(
-                    f"state_dict: {name} of parameter {i} has shape {list(value.shape)}; "
-                    f"needed: {list(shape)}"
-                )
-            values[name] = _Keep(value)
-        return values
-
-    @torch.no_grad()
-    def _rehomed(
-        self, states: dict, groups: list[dict[str, Any]], dtype: torch.dtype | None
-    ) -> dict:
-        """Copies of all states, in new flat buffers; for loading, unpickling and deepcopy."""
-        names = names_of(self.rule)
-        rehomed: dict = defaultdict(dict)
-        for param, values in states.items():
-            rehomed[param] = {key: value for key, value in values.items() if key not in names}
-        found = []
-        for group in groups:
-            for param in group["params"]:
-                values = states.get(param, {})
-                held = {
-                    name: value.tensor if isinstance(value, _Keep) else value
-                    for name in names
-                    if (value := values.get(name)) is not None
-                }
-                self._complete(held, group)
-                found += [(param, name, tensor) for name, tensor in held.items()]
-        lacking = [(param, name) for param, name, _ in found]
-        make_states(self.rule, lacking, rehomed, dtype)
-        for param, name, tensor in found:
-            state = rehomed[param][name]
-            state.copy_(shards.spread(tensor.reshape(state.shape), state))
-        return rehomed
+    def _shielded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return shielded(self.rule, state_dict, self._params())
 
     def _complete(self, held: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
         """Add what another implementation's checkpoint lacks of a parameter's state."""
@@ -399,27 +282,3 @@ class FusedOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nbackend: {self.backend}\n)"
-
-
-def sgd_keywords(
-    maximize: bool,
-    foreach: bool | None,
-    differentiable: bool,
-    fused: bool | None,
-    *,
-    capturable: bool,
-    decoupled_weight_decay: bool = False,
-) -> dict[str, Any]:
-    """The keywords that say how, not what, as keys of a group.
-
-    Those that torch.optim.SGD lacks are keys only where they are set: its checkpoints have no such
-    key, and torch.distributed.checkpoint asks for all that a group has.
-    """
-    ours = {"capturable": capturable, "decoupled_weight_decay": decoupled_weight_decay}
-    return {
-        "maximize": maximize,
-        "foreach": foreach,
-        "differentiable": differentiable,
-        "fused": fused,
-        **{key: value for key, value in ours.items() if value},
-    }

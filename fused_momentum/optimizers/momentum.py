@@ -6,7 +6,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..rules import RULES
-from .base import FusedOptimizer, check_lr, check_no_torch_form, sgd_keywords
+from .arguments import check_lr, check_no_torch_form, sgd_keywords
+from .base import FusedOptimizer
 
 
 class FusedMomentum(FusedOptimizer):

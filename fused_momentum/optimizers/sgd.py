@@ -6,7 +6,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..rules import RULES
-from .base import FusedOptimizer, check_lr, sgd_keywords
+from .arguments import check_lr, sgd_keywords
+from .base import FusedOptimizer
 
 
 class FusedSGD(FusedOptimizer):

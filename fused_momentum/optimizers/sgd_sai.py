@@ -9,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from .. import shards
 from ..rules import RULES
-from .base import FusedOptimizer, check_lr, check_no_torch_form, sgd_keywords
+from .arguments import check_lr, check_no_torch_form, sgd_keywords
+from .base import FusedOptimizer
 
 
 class FusedSGDSaI(FusedOptimizer):

@@ -2,7 +2,7 @@
 
 Written for tensors, which the reference computes on, and for Python's floats, in which scalars are
 derived. The Triton kernels put functions of the same names in their place (``kernels/rules.py``);
-In C++ they are ``sqrt``, ``/``, ``fabs``, ``? :`` and a cast to double.
+in C++ they are ``sqrt``, ``/``, ``fabs``, ``? :`` and a cast to double.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ def sqrt(x):
     if x.is_cuda:
         return x.sqrt()
     # torch's own root on a CPU is not rounded to nearest. An error in the last bit of a float64
-    # never reaches a float32; float64 takes NumPy's.
+    # never reaches a float32; float64 takes NumPy's, or Python's where there is none.
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
-    import numpy
-
+    try:
+        import numpy
+    except ImportError:
+        return torch.tensor([sqrt(v) for v in x.flatten().tolist()], dtype=x.dtype).view(x.shape)
     with numpy.errstate(invalid="ignore"):
         return torch.as_tensor(numpy.sqrt(x.numpy()))
 

@@ -1,0 +1,192 @@
+"""Memory that others drop, give back, share or exchange between steps and during one."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from cases import EXTENSION
+from loop import CLASSICAL, Net, subjects, train
+from torch.nn import Parameter
+
+from fused_momentum import FusedMomentum, FusedSGD
+
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the extension's walk alone")
+backends = pytest.mark.parametrize(
+    "backend", [pytest.param("cpu", marks=needs_extension), "reference"]
+)
+
+
+def stepped(backend, shape=(8,), steps=1, **kwargs):
+    """A parameter of ones and its optimizer, after some steps on gradients of ones."""
+    p = Parameter(torch.ones(shape))
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9, backend=backend, **kwargs)
+    p.grad = torch.ones(shape)
+    for _ in range(steps):
+        optimizer.step()
+    return p, optimizer
+
+
+# --- dropped -------------------------------------------------------------------------------------
+
+
+@subjects
+def test_states_are_gone_as_soon_as_they_are_dropped(cls, kwargs):
+    """Whoever moves them to the host between steps wants their memory then."""
+    net = Net()
+    optimizer = cls(net.parameters(), **kwargs)
+    train(net, optimizer)
+    states = [weakref.ref(t) for s in optimizer.state.values() for t in s.values() if t.ndim]
+    optimizer.state.clear()
+    gc.collect()
+    assert not [ref for ref in states if ref() is not None]
+
+
+@subjects
+def test_states_that_were_away_between_steps_change_nothing(cls, kwargs):
+    nets = [Net(), Net()]
+    optimizers = [cls(net.parameters(), **kwargs) for net in nets]
+    for step in range(4):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            train(net, optimizer, [step])
+        for values in optimizers[0].state.values():
+            for name in list(values):
+                away = values.pop(name).clone()
+                gc.collect()
+                values[name] = away.clone()
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["with-gil", "without-gil"])
+@needs_extension
+def test_a_gradient_that_another_thread_drops_is_read_to_its_end(large):
+    count = 6_000_000 if large else 3_000_000  # either side of kCostWithGil in csrc/run.cpp
+    p = Parameter(torch.zeros(count))
+    optimizer = FusedSGD([p], lr=1.0, backend="cpu")
+    stop = threading.Event()
+
+    def drop():
+        while not stop.is_set():
+            p.grad = None
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    try:
+        for _ in range(20):
+            before = p.detach()[[0, -1]].tolist()
+            p.grad = torch.ones(count)
+            optimizer.step()
+            # It was there at the beginning of the step, or not: nothing in between.
+            assert p.detach()[[0, -1]].tolist() in (before, [v - 1 for v in before])
+            assert (p.detach() == p.detach()[0]).all()
+    finally:
+        stop.set()
+        thread.join()
+
+
+# --- given back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["param", "grad", "state"])
+@needs_extension
+def test_memory_that_was_given_back_is_an_error(what):
+    p, optimizer = stepped("cpu")
+    buffer = torch.zeros(8)
+    optimizer.state[p]["momentum_buffer"] = buffer
+    optimizer.step()
+    named = {"param": p, "grad": p.grad, "state": buffer}
+    before = {name: t.detach().clone() for name, t in named.items() if name != what}
+    named[what].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\].* has no memory"):
+        optimizer.step()
+    assert all(torch.equal(named[name], t) for name, t in before.items())
+
+
+# --- exchanged -----------------------------------------------------------------------------------
+
+
+@backends
+def test_a_state_that_was_resized_in_place_is_an_error(backend):
+    p, optimizer = stepped(backend, (4, 6))
+    optimizer.state[p]["momentum_buffer"].resize_(2, 3)
+    with pytest.raises(ValueError, match=r"state has shape \[2, 3\]"):
+        optimizer.step()
+
+
+@backends
+def test_a_state_of_another_dtype_at_the_same_address_is_noticed(backend):
+    p, optimizer = stepped(backend)
+    buffer = optimizer.state[p]["momentum_buffer"]
+    other = torch.empty(0, dtype=torch.bfloat16).set_(buffer.untyped_storage(), 0, (8,))
+    other.zero_()
+    optimizer.state[p]["momentum_buffer"] = other
+    optimizer.step()
+    assert torch.equal(other, torch.ones(8, dtype=torch.bfloat16))
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+@backends
+def test_a_state_whose_elements_share_memory_is_an_error(backend):
+    p, optimizer = stepped(backend)
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(1).expand(8)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\] state has elements that share"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@backends
+def test_a_gradient_in_a_part_of_its_parameter_is_an_error(backend):
+    buffer = torch.ones(101)
+    p = Parameter(buffer[1:])
+    p.grad = buffer[:-1]
+    optimizer = FusedMomentum([p], **CLASSICAL, backend=backend)
+    with pytest.raises(RuntimeError, match=r"\.grad shares a part of its parameter's memory"):
+        optimizer.step()
+    assert torch.equal(buffer, torch.ones(101))
+    assert not optimizer.state
+
+
+@subjects
+def test_a_gradient_that_is_its_parameter_is_none(cls, kwargs):
+    tensors = []
+    for aliased in (True, False):
+        p = Parameter(torch.linspace(-1, 1, 100))
+        p.grad = p.detach() if aliased else p.detach().clone()
+        cls([p], **kwargs).step()
+        tensors.append(p)
+    assert torch.equal(*tensors)
+
+
+# --- a step that fails ---------------------------------------------------------------------------
+
+
+@backends
+def test_what_has_not_begun_begins_with_the_next_attempt(backend, monkeypatch):
+    """A step that raises leaves no state behind: the next one is the first."""
+    from fused_momentum.plan import Plan, _Walked
+
+    monkeypatch.setattr(Plan, "_walk_alone", lambda self, name: None)
+    p = Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    optimizer = FusedSGD([p], lr=1.0, momentum=0.9, dampening=0.5, backend=backend)
+    run, attempts = _Walked.run, []
+
+    def fail_once(self, walk, amp):
+        attempts.append(walk)
+        if len(attempts) == 1:
+            raise MemoryError
+        run(self, walk, amp)
+
+    monkeypatch.setattr(_Walked, "run", fail_once)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(3)), "not dampened"
+
+
