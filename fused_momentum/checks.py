@@ -62,7 +62,7 @@ def check_param(name: str, param: object) -> None:
 
 def check_memory(name: str, tensor: torch.Tensor, param: torch.Tensor, *, written: bool) -> None:
     """Raise where a tensor's memory is not there, or not its own; as csrc/describe.cpp."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_meta:
         return
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     if written and any(size > 1 and stride == 0 for size, stride in dims):

@@ -155,8 +155,7 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
 
     def functional(*lists, **numbers):
         _check_lists(rule, lists)
-        # No gradient flows through an update, so none may seem to.
-        written = [[t.detach().clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
+        written = [[t.clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
         update([written[0], lists[1], *written[1:]], numbers)
         return tuple(written)
 
@@ -200,7 +199,9 @@ def _function(rule: Rule, name: str) -> Callable:
         for list_name, tensors in zip(positional, bound.args, strict=False):
             if isinstance(tensors, torch.Tensor):
                 raise TypeError(f"{list_name} is a tensor; needed: a list of tensors")
-        return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)
+        # No gradient flows through an update, so what is returned has no history.
+        with torch.no_grad():
+            return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = __name__

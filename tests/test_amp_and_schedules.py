@@ -147,3 +147,27 @@ def test_a_schedule_writes_and_trains_as_with_torch(schedule, kind):
     largest = 8.0  # of the values met: |p - 1| and its geometric sum
     floors = [param_floor(torch.float32, largest)] * 3
     compare(*(list(net.parameters()) for net in nets), floors)
+
+
+@subjects
+def test_a_hook_may_put_another_closure_in_the_place_of_ours(cls, kwargs):
+    net = Net()
+    opt = cls(net.parameters(), **kwargs)
+    called = []
+
+    def replace(opt, args, kwargs):
+        return args, {**kwargs, "closure": lambda: called.append("the hook's")}
+
+    opt.register_step_pre_hook(replace)
+    opt.step(closure=lambda: called.append("ours"))
+    assert called == ["the hook's"]
+
+
+@subjects
+def test_groups_may_be_a_tuple(cls, kwargs):
+    net, plain = Net(), Net()
+    opt = cls(net.parameters(), **kwargs)
+    opt.param_groups = tuple(opt.param_groups)
+    train(net, opt)
+    train(plain, cls(plain.parameters(), **kwargs))
+    assert_same(net, plain)

@@ -1,8 +1,8 @@
 """Which back-end is chosen, that it is the one that runs, and what is said where there is none."""
 
 import importlib
-from contextlib import nullcontext
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest

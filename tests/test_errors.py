@@ -67,6 +67,13 @@ ARGUMENT_ERRORS = {
         r"degenerate=None is not one of \['bound', 'official', 'defer'\]",
         SAI,
     ),
+    "text_for_weight_decay": (
+        {"weight_decay": "0.1"},
+        TypeError,
+        r"weight_decay is '0.1' \(str\); needed: a number",
+        [FusedSGD, FusedMomentum, FusedNAG, FusedSGDSaI],
+    ),
+    "none_for_lr": ({"lr": None}, TypeError, r"lr is None \(NoneType\); needed: a number", SAI),
     "differentiable": (
         {"differentiable": True},
         RuntimeError,
@@ -107,6 +114,8 @@ def test_bad_arguments_of_a_new_group(cls, given, kind, message):
 OPTION_ERRORS = {
     "flatten": ({"flatten": "all"}, "flatten='all' is not one of False, True, 'grads'"),
     "state_dtype": ({"state_dtype": torch.int32}, "state_dtype=torch.int32 is not one of"),
+    "state_dtype_of_8_bits": ({"state_dtype": torch.float8_e5m2}, "state_dtype=torch.float8_e5m2"),
+    "state_dtype_as_text": ({"state_dtype": "float32"}, "state_dtype='float32' is not one of None"),
     "backend": ({"backend": "gpu"}, "backend='gpu' is not one of .'auto', 'reference', 'cpu'"),
 }
 
@@ -128,6 +137,8 @@ PARAMS_ERRORS = {
     "twice_by_name": ([("a", P), ("b", P)], ValueError, r"duplicate.*params\[0\] and params\[1\]"),
     "in_two_groups": ([{"params": [P]}, {"params": [P]}], ValueError, "more than one.* group"),
     "set": ([{"params": {P}}], TypeError, "set"),
+    "no_params": ([{"parms": [P]}], KeyError, r"no 'params'; its keys: \['parms'"),
+    "model": (torch.nn.Linear(2, 2), TypeError, r"params is a Linear; .* model.parameters\(\)"),
 }
 
 

@@ -104,6 +104,20 @@ def test_flattening_changes_no_bit_of_a_contiguous_model(rule, backend, flatten)
 
 
 @rules
+@backends
+def test_gradients_made_anew_are_flat_again_after_the_step(rule, backend):
+    """As after model.zero_grad(), which knows nothing of the buffers."""
+    form = tuple(f for f in ALL if f.layout == "contiguous")
+    run = Run(VARIANTS[rule.name], form, TYPES["f32"], backend, flatten="grads")
+    for step in range(3):
+        for p, grad in zip(run.params, run.grads(step), strict=True):
+            p.grad = grad.clone()
+        run.opt.param_groups[0].update(run.variant.hyper)
+        run.opt.step()
+        _assert_one_range([p.grad for p in run.params])
+
+
+@rules
 def test_the_flat_buffers_are_the_parameters(rule):
     run = Run(VARIANTS[rule.name], ALL, TYPES["f32"], "cpu")
     before = [p.detach().clone() for p in run.params]

@@ -53,7 +53,6 @@ def test_states_that_were_away_between_steps_change_nothing(cls, kwargs):
         for values in optimizers[0].state.values():
             for name in list(values):
                 away = values.pop(name).clone()
-                gc.collect()
                 values[name] = away.clone()
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(p, q)
@@ -188,5 +187,3 @@ def test_what_has_not_begun_begins_with_the_next_attempt(backend, monkeypatch):
     assert not optimizer.state
     optimizer.step()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(3)), "not dampened"
-
-

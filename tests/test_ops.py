@@ -39,6 +39,10 @@ def _lists(rule, forms=FORMS, dtype=torch.float32):
     ]
 
 
+def _cloned(lists):
+    return [[t.clone() for t in tensors] for tensors in lists]
+
+
 def _bits(lists):
     return [[bits(t) for t in tensors] for tensors in lists]
 
@@ -53,7 +57,7 @@ def _equal(lists, others):
 
 def _by_reference(rule, lists, hyper, **flags):
     """What the reference makes of copies of the lists."""
-    copies = [[t.clone() for t in tensors] for tensors in lists]
+    copies = _cloned(lists)
     for streams in zip(*copies, strict=True):
         update("reference", rule, streams, hyper, **flags)
     return _bits(copies)
@@ -212,6 +216,15 @@ def _same_parameter_twice(lists):
         tensors[2] = tensors[1]
 
 
+def _shifted_grad(lists):
+    flat = torch.ones(8)
+    lists[0][1], lists[1][1] = flat[1:], flat[:-1]
+
+
+def _grad_is_another_parameter(lists):
+    lists[1][1] = lists[0][2]
+
+
 def _slice_of_another_length(lists):
     lists[1][2] = torch.ones(40)[:8]
 
@@ -232,6 +245,8 @@ ERRORS = {
     "overlapping": (_overlapping_slices, ValueError, r"params\[0\] and params\[1\] overlap"),
     "aliased": (_state_is_the_parameter, ValueError, r"params\[1\].* overlap"),
     "twice": (_same_parameter_twice, ValueError, r"\[[12]\] and \w+\[[12]\] overlap"),
+    "shifted_grad": (_shifted_grad, ValueError, r"overlap in memory; what is written"),
+    "grad_of_another": (_grad_is_another_parameter, ValueError, r"params\[2\].* overlap"),
     "grad_length": (_slice_of_another_length, ValueError, r"grads\[2\] has shape \[8\].*\[7\]"),
     "state_length": (_state_of_another_shape, ValueError, r"{state}\[2\] has shape \[6\].*\[7\]"),
     "grad_device": (
@@ -267,7 +282,8 @@ ERRORS = {
 }
 
 
-OVERLAPS = ("overlapping", "aliased", "twice")  # fine where nothing is written in place
+# Fine where nothing is written in place.
+OVERLAPS = ("overlapping", "aliased", "twice", "shifted_grad", "grad_of_another")
 ERROR_ROWS = [
     pytest.param(suffix, *row, id=f"{name}-{'in_place' if suffix else 'functional'}")
     for name, row in ERRORS.items()
@@ -286,6 +302,28 @@ def test_bad_lists_raise_and_change_nothing(rule, suffix, change, kind, message)
     with pytest.raises(kind, match=message.format(state=f"{rule.states[0].name}s")):
         getattr(fm.ops, rule.name + suffix)(*lists, **VARIANTS[rule.name].hyper)
     assert _equal(given, before)
+
+
+@op_rules
+def test_a_tensor_is_no_list(rule):
+    lists = [torch.ones(2, 3) for _ in range(2 + len(rule.states))]
+    with pytest.raises(TypeError, match="params is a tensor; needed: a list of tensors"):
+        getattr(fm.ops, f"{rule.name}_")(*lists, **VARIANTS[rule.name].hyper)
+
+
+@op_rules
+def test_what_the_functional_op_returns_has_no_history(rule):
+    lists = [[torch.ones(3, requires_grad=True)] for _ in range(2 + len(rule.states))]
+    made = getattr(fm.ops, rule.name)(*lists, **VARIANTS[rule.name].hyper)
+    assert not any(t.requires_grad for tensors in made for t in tensors)
+
+
+@op_rules
+def test_the_functional_op_takes_tensors_that_share_memory(rule):
+    one = [torch.ones(3)]
+    lists = [one * 2 for _ in range(2 + len(rule.states))]
+    made = getattr(fm.ops, rule.name)(*lists, **VARIANTS[rule.name].hyper)
+    assert _equal(made, getattr(fm.ops, rule.name)(*_cloned(lists), **VARIANTS[rule.name].hyper))
 
 
 @op_rules

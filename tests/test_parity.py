@@ -199,6 +199,20 @@ def test_all_65536_halves_are_read_as_torch_reads_them(half, level, use_level):
         assert torch.equal(bits(read), bits(patterns.to(dtype)))
 
 
+@levels
+def test_halves_are_read_alike_where_subnormals_are_flushed(level, use_level):
+    """torch.set_flush_denormal is a thread's own: its loads must give what all others' do."""
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    whole = patterns.float()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        read = _copy(patterns, torch.float32, level, use_level)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(bits(read), bits(whole))
+
+
 def _floats():
     """Float32 of every exponent, with every pattern of upper bits, around every rounding tie."""
     low = {0, 1, 2**16 - 1}

@@ -14,7 +14,7 @@ from cases import (
 )
 from torch.nn import Parameter
 
-from fused_momentum import FusedNAG
+from fused_momentum import FusedNAG, FusedSGD
 
 OURS = pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
 steps_before = pytest.mark.parametrize("steps", [0, 1], ids=["first_step", "later"])
@@ -151,6 +151,11 @@ STEP_ERRORS = {
         ValueError,
         rf"{BAD} state has shape \[5\], its parameter \[4\]",
     ),
+    "missing_key": (
+        lambda t: t.opt.param_groups[1].pop("maximize"),
+        KeyError,
+        "param_groups: key 'maximize' is missing",
+    ),
     "state_dtype": (
         lambda t: _state(t, torch.ones(4, dtype=torch.int32)),
         TypeError,
@@ -277,6 +282,17 @@ def _other_shape(saved):
     saved["state"][2] = {key: torch.ones(5) for key in saved["state"][2]}
 
 
+def _one_without_memory(saved):
+    last = max(saved["state"])  # all before it could be copied
+    saved["state"][last] = {key: t.to("meta") for key, t in saved["state"][last].items()}
+    saved["param_groups"][0]["lr"] = 77.0
+
+
+def _sparse(saved):
+    last = max(saved["state"])
+    saved["state"][last] = {key: t.to_sparse() for key, t in saved["state"][last].items()}
+
+
 def _not_a_tensor(saved):
     saved["state"][2] = dict.fromkeys(saved["state"][2], 1.0)
 
@@ -291,6 +307,8 @@ DICTS = {
     "other_state": (_other_state, ValueError, r"parameter 2 has \['exp_avg'\]; needed: \['\w+'"),
     "shape": (_other_shape, ValueError, r"\w+ of parameter 2 has shape \[5\]; needed: \[4\]"),
     "not_a_tensor": (_not_a_tensor, (TypeError, ValueError), r"\w+ of parameter 2 is a float"),
+    "meta": (_one_without_memory, NotImplementedError, "meta tensor"),
+    "sparse": (_sparse, TypeError, r"\w+ of parameter \d has layout torch.sparse_coo; needed"),
     "no_state": (_no_state, KeyError, "state"),
 }
 
@@ -313,3 +331,13 @@ def test_nag_is_not_stepped_at_the_iterate(backend):
     trainer.assert_stops(trainer.opt.step, RuntimeError, r"after eval\(\); call train\(\) first")
     trainer.opt.train()
     trainer.opt.step()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@backends
+def test_complex_numbers_of_half_precision(backend):
+    p = Parameter(torch.ones(4, dtype=torch.complex32))
+    p.grad = torch.ones_like(p)
+    needed = r"\['params'\]\[0\] has dtype torch\.complex32; needed: torch\.float32"
+    with pytest.raises(TypeError, match=needed):
+        FusedSGD([p], lr=0.1, backend=backend).step()

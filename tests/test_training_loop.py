@@ -10,12 +10,12 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from loop import SUBJECTS, Net, assert_same, subjects, train, undisturbed
+from loop import CLASSICAL, SUBJECTS, Net, assert_same, subjects, train, undisturbed
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel
 from twin import HEAVY, STEPS, compare, param_floor, torch_sgd
 
-from fused_momentum import FusedSGD
+from fused_momentum import FusedNAG, FusedSGD
 
 # --- things that happen between steps --------------------------------------------------------
 
@@ -296,3 +296,18 @@ def test_zero_redundancy_optimizer(cls, kwargs, bucket_view):
     )
     train(net, opt)
     assert_same(net, undisturbed(cls, kwargs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nag_moves_to_the_iterate_and_back_by_one_rounding_each(dtype):
+    p = Parameter(torch.randn(1000).to(dtype))
+    opt = FusedNAG([p], **CLASSICAL)
+    for _ in range(3):
+        p.grad = torch.randn(1000).to(dtype)
+        opt.step()
+    ahead, velocity = p.detach().float().clone(), opt.state[p]["velocity"]
+    opt.eval()
+    iterate = (ahead + velocity * -CLASSICAL["momentum"]).to(dtype)
+    assert torch.equal(p, iterate)
+    opt.train()
+    assert torch.equal(p, (iterate.float() + velocity * CLASSICAL["momentum"]).to(dtype))
