@@ -3,6 +3,7 @@
 #include <torch/csrc/DynamicTypes.h>
 
 #include "layout.h"
+#include "peek.h"
 #include "plan.h"
 
 namespace fused_momentum {
@@ -16,22 +17,6 @@ constexpr const char* kDTypes =
 std::string dtype_name(const at::Tensor& tensor) {
   auto* dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(tensor.scalar_type()));
   return py::str(py::handle(dtype));
-}
-
-DType dtype_of(const std::string& name, const at::Tensor& tensor) {
-  switch (tensor.scalar_type() == at::kComplexHalf ? at::kComplexHalf
-                                                   : c10::toRealValueType(tensor.scalar_type())) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    default:
-      TORCH_CHECK_TYPE(false, name, " has dtype ", dtype_name(tensor), "; needed: ", kDTypes);
-  }
 }
 
 void check_stream(const std::string& name, const at::Tensor& param, const at::Tensor& tensor) {
@@ -77,7 +62,9 @@ void describe(const std::string& name, const std::vector<at::Tensor>& streams, S
     const at::Tensor& tensor = streams[s].defined() ? streams[s] : param;
     const std::string stream_name = name + (s < 2 ? role[s] : " state");
     check_stream(stream_name, param, tensor);
-    segment->dtype[s] = dtype_of(stream_name, tensor);
+    const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
+    TORCH_CHECK_TYPE(dtype, stream_name, " has dtype ", dtype_name(tensor), "; needed: ", kDTypes);
+    segment->dtype[s] = *dtype;
     // An absent state has the type that states have by default: no launch of its own for it.
     if (!streams[s].defined() && segment->dtype[s] != DType::f64) segment->dtype[s] = DType::f32;
     check_memory(stream_name, param, tensor, s != 1);

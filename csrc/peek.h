@@ -3,9 +3,29 @@
 
 #include <torch/csrc/autograd/variable.h>
 
-#include <array>
+#include <optional>
+
+#include "launch.h"
 
 namespace fused_momentum {
+
+// How a stream of this type is stored; of complex numbers, each of their two halves.
+inline std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      return DType::f32;
+    case at::kDouble:
+    case at::kComplexDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    default:
+      return std::nullopt;
+  }
+}
 
 // param.grad, without its warning for tensors that are no leaves; nullptr: there is none.
 inline const at::Tensor* grad_of(const at::Tensor& param) {
@@ -24,23 +44,11 @@ inline uint64_t version_of(PyObject* dict) {
 #endif
 }
 
-// Bytes of an element; 0 for types that no stream has.
-inline int itemsize_of(c10::ScalarType type) {
-  static const auto table = [] {
-    std::array<uint8_t, 256> sizes{};
-    for (const auto known : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kComplexFloat,
-                             at::kComplexDouble})
-      sizes[uint8_t(known)] = uint8_t(c10::elementSize(known));
-    return sizes;
-  }();
-  return table[uint8_t(type)];
-}
-
 // Where the elements of a strided tensor begin; nullptr: its memory has been given back.
-inline char* address_of(const c10::TensorImpl* impl, c10::ScalarType type, bool written) {
+inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
-  return data ? static_cast<char*>(data) + impl->storage_offset() * itemsize_of(type) : nullptr;
+  return data ? static_cast<char*>(data) + impl->storage_offset() * itemsize : nullptr;
 }
 
 // Whether any thread may read its sizes: a nested tensor has none, a subclass may ask Python.

@@ -67,8 +67,7 @@ struct Plan::Known {
   const uint32_t* needed;
   PyObject* const* states;
   const py::object *state_names, *steps;  // steps: nullptr where none are counted
-  int keys, states_of_rule;
-  at::ScalarType kept_dtype;
+  int keys, states_of_rule, kept_itemsize;
   uint64_t state_version;
 
   explicit Known(Plan* plan)
@@ -80,7 +79,7 @@ struct Plan::Known {
         steps(plan->read_row_.is_none() ? nullptr : plan->steps_.data()),
         keys(int(plan->state_keys_.size())),
         states_of_rule(plan->info_.states),
-        kept_dtype(plan->info_.kept_dtype == DType::f64 ? at::kDouble : at::kFloat),
+        kept_itemsize(itemsize_of(plan->info_.kept_dtype)),
         state_version(plan->state_version_) {}
 
   // Whether state[param] still holds the tensors that were found there. They are made in the order
@@ -98,6 +97,10 @@ struct Plan::Known {
         at = 0;
       }
       if (value != states[position * keys + k]) return false;
+      // Another tensor may have come to lie where the last one was.
+      if (k < states_of_rule &&
+          dtype_of(THPVariable_Unpack(value).scalar_type()) != segments[position].dtype[2 + k])
+        return false;
     }
     return true;
   }
@@ -119,10 +122,9 @@ struct Plan::Known {
       const void* data = is_state ? segment.data[2 + k] : segment.kept[k - states_of_rule];
       if (data == nullptr) continue;
       const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
-      const at::ScalarType dtype = is_state ? entry.dtype[2 + k] : kept_dtype;
-      // Another tensor may have come to lie where the last one was.
-      if (impl->dtype().toScalarType() != dtype || data != address_of(impl, dtype, true) ||
-          (is_state && impl->numel() << c10::isComplexType(dtype) != segment.numel))
+      const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
+      if (data != address_of(impl, itemsize, true)) return false;
+      if (is_state && impl->numel() != segment.numel && impl->numel() * 2 != segment.numel)
         return false;
     }
     return steps == nullptr || steps[position];
@@ -142,8 +144,8 @@ struct Plan::Known {
         entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
       return Found::changed;
     if (segment.numel == 0) return Found::same;
-    void* p = address_of(impl, entry.dtype[0], true);
-    void* g = address_of(grad, entry.dtype[1], false);
+    void* p = address_of(impl, entry.itemsize[0], true);
+    void* g = address_of(grad, entry.itemsize[1], false);
     if (p == nullptr || g == nullptr) return Found::changed;
     // What is not written stays in the caches of all threads.
     const bool param_moved = segment.data[0] != p, grad_moved = segment.data[1] != g;
@@ -244,7 +246,7 @@ void Plan::prepare(int64_t position, const std::vector<at::Tensor>& streams) {
   describe(name_of(position), streams, &segment, &layout);
   describe_kept(position, streams[0], &segment);
   for (size_t s = 0; s < streams.size(); s++)
-    if (streams[s].defined()) entries_[position].dtype[s] = streams[s].scalar_type();
+    if (streams[s].defined()) entries_[position].itemsize[s] = uint8_t(streams[s].itemsize());
   generation_ += !says_the_same(segments_[position], segment);
   tiles_changed_ |= segments_[position].numel != segment.numel;
   segments_[position] = segment;
@@ -316,10 +318,9 @@ int64_t Plan::bytes() const {
     return int64_t(list.capacity() * sizeof(*list.data()));
   };
   int64_t total = sizeof(Plan) + bytes_of(entries_) + bytes_of(states_) + bytes_of(kept_) +
-                  bytes_of(segments_) +
-                  bytes_of(tiles_.ends) + bytes_of(state_order_) + bytes_of(by_address_) +
-                  bytes_of(steps_) + bytes_of(changed_) + bytes_of(tensor_scalars_) +
-                  bytes_of(tile_sums_);
+                  bytes_of(segments_) + bytes_of(tiles_.ends) + bytes_of(state_order_) +
+                  bytes_of(by_address_) + bytes_of(steps_) + bytes_of(changed_) +
+                  bytes_of(tensor_scalars_) + bytes_of(tile_sums_);
   total += int64_t(layouts_.size()) * (sizeof(Layout) + 64);  // and a node of the map
   return total;
 }

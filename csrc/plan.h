@@ -152,7 +152,7 @@ class Plan {
     PyObject* state = nullptr;  // state[param], owned by the optimizer's dict
     // See key_of. 0: takes no part; 1: is read anew at each step.
     uint64_t key = 0;
-    at::ScalarType dtype[kMaxStreams] = {};
+    uint8_t itemsize[kMaxStreams] = {};
     bool settled = false;
   };
   struct Known;

@@ -113,6 +113,9 @@ bool Plan::read_device_lr(PyObject* dict, size_t row) {
   const bool number = lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble;
   if (lr.device().type() != device_type_ || !number || lr.numel() != 1) return false;
   if (read_number(dict, capturable_key_) == 0) return false;
+  // A kernel reads no number of another device's.
+  for (int64_t k = groups_[row].begin; k < groups_[row].end; k++)
+    if (THPVariable_Unpack(entries_[k].param.ptr()).device() != lr.device()) return false;
   lr_[row] = lr.const_data_ptr();
   lr_dtype_[row] = lr.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
   return true;

@@ -59,7 +59,8 @@ std::pair<py::list, std::vector<double>> Plan::kept(int64_t position) const {
   return {tensors, std::vector<double>(hyper, hyper + hyper_keys_.size())};
 }
 
-// Up to this cost (tiles.h), some milliseconds, a step keeps the GIL: what it works on is safe then.
+// Up to this cost (tiles.h), some milliseconds, a step keeps the GIL: what it works on is safe
+// then.
 constexpr int64_t kCostWithGil = 1 << 22;
 
 // The memory of this step, which other threads may drop.

@@ -174,6 +174,7 @@ class Walk:
             and lr.dtype in (torch.float32, torch.float64)
             and lr.numel() == 1
             and number_of(group, "capturable") != 0
+            and all(param.device == lr.device for param in group["params"])
         )
         return lr.data_ptr() + (lr.dtype == torch.float64) if stays else 0
 

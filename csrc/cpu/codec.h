@@ -43,8 +43,7 @@ struct f16 {
     const uint32_t magnitude = (uint32_t(x) & 0x7fff) << 13;
     const uint32_t normal = magnitude + (112u << 23);  // by which the exponents differ
     // 0.5 has the last bit of the smallest half: what is added to its bits is added to its value.
-    const uint32_t subnormal =
-        bits_of(float_of((uint32_t(x) & 0x7fff) + bits_of(0.5f)) - 0.5f);
+    const uint32_t subnormal = bits_of(float_of((uint32_t(x) & 0x7fff) + bits_of(0.5f)) - 0.5f);
     const uint32_t special = magnitude | 0x7f800000;  // infinity and nan
     uint32_t bits = magnitude < 0x00800000 ? subnormal : normal;
     bits = magnitude >= 0x0f800000 ? special : bits;
