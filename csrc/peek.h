@@ -34,8 +34,8 @@ inline const at::Tensor* grad_of(const at::Tensor& param) {
   return meta && meta->grad_.defined() ? &meta->grad_ : nullptr;
 }
 
-// Grows from each change of any dict to the next, and a dict's is that of its last change.
-// Python 3.12 and later do not tell: there it is never less than that of a dict made later.
+// Up to Python 3.11: the number of the dict's last change, from one counter for all dicts. Later
+// versions do not tell: always 0, so that no dict counts as unchanged.
 inline uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030c0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
@@ -51,8 +51,8 @@ inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written)
   return data ? static_cast<char*>(data) + impl->storage_offset() * itemsize : nullptr;
 }
 
-// Whether any thread may read its sizes: a nested tensor has none, a subclass may ask Python.
-// Neither can be updated.
+// False for a nested tensor, which has no sizes, and for a subclass that Python must be asked
+// about: threads without the GIL may not.
 inline bool has_sizes(const c10::TensorImpl* impl) {
   constexpr c10::DispatchKeySet others({c10::DispatchKey::NestedTensor, c10::DispatchKey::Python});
   return !impl->key_set().has_any(others);

@@ -74,10 +74,13 @@ class Plan {
                            const std::optional<py::list>& subset, double grad_multiplier,
                            const std::vector<int64_t>& first);
 
-  // Whether a tensor of this step may have something to measure; the positions of those that may,
-  // where that depends on kept numbers; that the one here has nothing while these are its numbers.
+  // Whether any tensor of this step may have something to measure.
   bool measures() const;
+  // The positions of those tensors, for a rule that measures each one only once.
   std::vector<int64_t> unsettled() const;
+  // As unsettled, of sharded parameters: what is to be measured is not in the part here alone.
+  std::vector<int64_t> unsettled_shards() const;
+  // Marks a tensor as measured for as long as these are its kept numbers.
   void settle(int64_t position, const py::list& kept);
   // The kept numbers of a tensor (None: absent), and its hyper-parameters.
   std::pair<py::list, std::vector<double>> kept(int64_t position) const;
@@ -108,7 +111,7 @@ class Plan {
   // float64 [rows, hyper-parameters + 1]; last the gradient multiplier.
   at::Tensor hyper() const;
   // int64 [rows]: address of a learning rate that is read on the device (lowest bit set: float64,
-  // else float32), 0 where it is in hyper(). nullopt: all are.
+  // else float32), 0 where it is in hyper(). nullopt: every one is there.
   std::optional<at::Tensor> device_lr() const;
 
   // The rule depends on the number of a tensor's step: read(group, t) returns its hyper-parameters,
@@ -118,16 +121,13 @@ class Plan {
   // parts(name, streams) returns what is here of a sharded parameter, its gradient and its states.
   void read_parts_with(const py::function& parts) { parts_of_ = parts; }
 
-  // As unsettled, of sharded parameters: what is to be measured is not in the part here alone.
-  std::vector<int64_t> unsettled_shards() const;
-
   // The back-end reads learning rates of capturable groups on the device.
   void keep_lr_on_device() { keeps_lr_ = true; }
 
   // Tensors on this kind of device are taken care of elsewhere.
   void leave(const std::string& device_type) { left_.push_back(at::Device(device_type).type()); }
 
-  // The parameter at a position returned by step, and the index of its group.
+  // The parameter at a position of Todo::missing, and the index of its group.
   std::pair<py::object, int> at(int64_t position) const;
 
   // Changes whenever anything does that a segment says, or which of them take part.
@@ -216,7 +216,7 @@ class Plan {
   std::vector<int32_t> by_address_;  // positions, sorted by the parameters' addresses
   // Positions of the parameters in the order of the optimizer's dict; -1: a key that is none.
   std::vector<int32_t> state_order_;
-  // What a dict holds of the state is known where its version is below this one.
+  // A dict whose version is below this one has not changed since everything was last looked up.
   uint64_t state_version_ = 0;
   bool state_is_newer_ = true;  // what it holds may have changed since then
   PyObject* state_ = nullptr;   // the optimizer's dict
@@ -257,8 +257,8 @@ class Plan {
     std::vector<Segment> segments;
     Tiles tiles;
   };
-  std::map<int, OfDevice> by_device_;  // the segments of this step, as of
-  uint64_t by_device_generation_ = 0;
+  std::map<int, OfDevice> by_device_;  // the segments of this step
+  uint64_t by_device_generation_ = 0;  // for which by_device_ was made
   std::map<int, std::unique_ptr<cuda::Cuda>> cuda_devices_;
   std::map<int, at::Tensor> cuda_scalars_;  // as tensor_scalars_, by device
 #endif

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-ALIGNMENT = 128  # bytes; a segment starts on a boundary that every vector load and cache line likes
+ALIGNMENT = 128  # bytes: a cache line of a GPU, two of a CPU, and whole 16-byte loads
 
 
 def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:

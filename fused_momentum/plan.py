@@ -21,6 +21,7 @@ from .backends import PREFERENCE, choose
 from .rules import Rule, State
 from .states import STEP, make_states
 from .walk import Walk, hyper_of, needed
+from .watch import Watch
 
 
 class Amp(NamedTuple):
@@ -42,79 +43,6 @@ class Amp(NamedTuple):
 
 
 NO_AMP = Amp()
-
-
-class Question(NamedTuple):
-    """Kept numbers of one device that are on their way to the host."""
-
-    device: torch.device
-    arrived: torch.cuda.Event | None  # None: they are there
-    positions: list[int]
-    kept: list[list[torch.Tensor | None]]
-    hyper: list[list[float]]
-    numbers: torch.Tensor  # float64 [positions, kept numbers]
-
-    def is_answered(self) -> bool:
-        """Whether the numbers are on the host; while a graph is captured nobody may ask."""
-        return self.arrived is None or (not _is_capturing(self.device) and self.arrived.query())
-
-
-class Watch:
-    """Finds out, without waiting for a device, which tensors have nothing left to measure."""
-
-    def __init__(self, rule: Rule, walk: Any):
-        self._rule, self._walk = rule, walk
-        self._questions: list[Question] = []
-
-    def measures(self) -> bool:
-        """Whether a tensor of this step may have something to measure, as far as is known."""
-        waiting = []
-        for q in self._questions:
-            if not q.is_answered():
-                waiting.append(q)
-                continue
-            rows = zip(q.positions, q.kept, q.hyper, q.numbers.tolist(), strict=True)
-            for position, kept, hyper, row in rows:
-                if self._rule.measure.settled(*hyper, *row):
-                    self._walk.settle(position, kept)
-        self._questions = waiting
-        return self._walk.measures()
-
-    @torch.no_grad()
-    def ask(self) -> None:
-        """Have the kept numbers, which a measuring step is about to write, sent to the host."""
-        members: dict[torch.device, list[int]] = {}
-        for position in self._walk.unsettled():
-            kept, _ = self._walk.kept(position)
-            device = next(tensor.device for tensor in kept if tensor is not None)
-            members.setdefault(device, []).append(position)
-        # What is captured runs later, and at every replay.
-        self._questions = [
-            self._question(device, positions)
-            for device, positions in members.items()
-            if not _is_capturing(device)
-        ]
-
-    def _question(self, device: torch.device, positions: list[int]) -> Question:
-        kept, hyper = map(list, zip(*map(self._walk.kept, positions), strict=True))
-        columns = []
-        for k, number in enumerate(self._rule.kept):
-            given = [row[k] for row in kept]
-            initial = torch.full((), number.initial, dtype=torch.float64, device=device)
-            columns.append(torch.stack([initial if t is None else t.double() for t in given]))
-        numbers, arrived = torch.stack(columns, 1), None
-        if device.type == "cuda":
-            numbers = numbers.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(device))
-        return Question(device, arrived, positions, kept, hyper, numbers)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 class _Walked:
@@ -376,7 +304,7 @@ class Plan:
 
 
 def _device_types(groups: list[dict]) -> list[str]:
-    """Kinds of devices with a gradient; where there is none all, so that somebody looks."""
+    """Kinds of devices that have gradients; of all parameters where none has one."""
     params = [p for group in groups for p in group["params"]]
     found = {p.device.type for p in params if getattr(p, "grad", None) is not None}
     every = {getattr(p, "device", torch.device("cpu")).type for p in params} - {"meta"}

@@ -2,7 +2,8 @@
 
 This is the only place where the rounding points are written down: load to the type that the rule
 computes in (float64 for float64 parameters, else float32), multiply the gradient by the gradient
-multiplier, run the rule, round once to each stream's own type. Nothing else rounds. Numbers of a
+multiplier, run the rule, round once to each stream's own type (a float64 on its way to a half
+through float32, as torch does). Nothing else rounds. Numbers of a
 whole tensor are float64, until they are rounded once to the type that the rule computes in, or to
 that in which they are kept.
 """

@@ -67,7 +67,8 @@ class Walk:
         self._left: set[str] = set()
         self._items: list[Item] = []
         self._updates: dict[int, reference.Update] = {}  # measured already, by position
-        # By position: the kept numbers that were. Holding them, no new ones take their identity.
+        # By position: the kept numbers of what was measured, held so that no new tensor gets their
+        # identity.
         self._settled: dict[int, list[torch.Tensor | None]] = {}
         self._params: list[tuple[torch.Tensor, int]] = []
         self._rows: dict[tuple[int, int], int] = {}  # of a group, at a step of a tensor

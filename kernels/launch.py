@@ -80,7 +80,7 @@ class Launcher:
     ) -> None:
         """Run the pass before the update, by two launches for each batch; arguments as for ``run``.
 
-        It settles the scalars per tensor of the ``run`` that follows; ``updates``: there is one.
+        It works out the scalars per tensor for the ``run`` that follows, where ``updates``.
         """
         self._found.clear()
         for table in self._tables_of(batches, hyper, device_lr):

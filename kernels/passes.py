@@ -38,7 +38,7 @@ class Pass(NamedTuple):
 def update_of(rule: Rule) -> Pass:
     """The pass that updates the parameters."""
     writes = (0, *_streams(rule, rule.written))
-    # With a limit of its own the assembler does not spill for the sake of more programs at once.
+    # Without a limit the assembler would spill registers to have more programs run at once.
     registers = 64 if len(rule.states) == 1 else 128
     return Pass("update", rule.update, rule.reads, None, writes, 0, 4, registers)
 

@@ -86,7 +86,7 @@ def run_elements(
     index = begin + tl.arange(0, WIDTH)
     # The divisions tell the compiler that the mask is the same throughout a vector.
     inside = index // VECTOR < numel // VECTOR
-    # Makes a block of an address: of scalars in a mask Triton's interpreter loses the type.
+    # Added to an address it makes a block: Triton's interpreter loses the type of scalar masks.
     zero = tl.zeros_like(index)
     pointers = ()
     loaded = ()

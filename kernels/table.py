@@ -21,8 +21,8 @@ class Table:
     """The tensors of one launch; all of them have the same ``dtypes``: of p, g and the states.
 
     A table that is set again with the same content is not uploaded again. Uploads are ordered by
-    the current stream and do not wait for it. What a CUDA graph has been captured with stays as it
-    is for good: a replay reads it again.
+    the current stream and do not wait for it. Tables that a captured CUDA graph reads are never
+    changed or freed.
     """
 
     def __init__(self, device: torch.device, dtypes: tuple[torch.dtype, ...]):
@@ -134,7 +134,9 @@ class Table:
 
     def _upload_in_graph(self, name: str, table: torch.Tensor) -> None:
         """Have every replay copy a table that is the graph's own."""
-        self._host.pop(name, None)  # a later step finds nothing there: no replay need have been
+        self._host.pop(
+            name, None
+        )  # the graph may never be replayed: a later step must upload again
         try:
             source = pinned(table.clone(), self.device)
             self._device[name] = torch.empty_like(table, device=self.device)

@@ -21,10 +21,11 @@ from cases import (
 from torch.nn import Parameter
 
 import fused_momentum
-from fused_momentum import native, plan, reference
+from fused_momentum import native, reference, watch
 from fused_momentum.backends import PREFERENCE, backends, check_request, choose
-from fused_momentum.plan import Question, Watch, _device_types
+from fused_momentum.plan import _device_types
 from fused_momentum.rules import RULES
+from fused_momentum.watch import Question, Watch
 
 OURS = pytest.mark.parametrize("cls", CLASSES.values(), ids=lambda cls: cls.__name__)
 REASON = "no compiled code today"
@@ -208,18 +209,18 @@ def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch):
     """It would end the capture; whether there is something to measure is then unknown: yes."""
     settled, asked = [], []
     walk = SimpleNamespace(measures=lambda: True, settle=lambda *found: settled.append(found))
-    watch = Watch(RULES["sgd_sai"], walk)
+    watching = Watch(RULES["sgd_sai"], walk)
     event = SimpleNamespace(query=lambda: asked.append(1) or True)
     kept, hyper, device = [None] * 3, [0.0] * 6, torch.device("cuda", 1)
     good, waiting = [2.0, 3.0, 1.0], [0.0, 0.0, 1.0]
     numbers = torch.tensor([good, waiting])
-    watch._questions = [Question(device, event, [4, 7], [kept] * 2, [hyper] * 2, numbers)]
+    watching._questions = [Question(device, event, [4, 7], [kept] * 2, [hyper] * 2, numbers)]
     for capturing, expected in ((True, []), (False, [1])):
-        monkeypatch.setattr(plan, "_is_capturing", lambda of, now=capturing: now and of == device)
-        assert watch.measures()
+        monkeypatch.setattr(watch, "_is_capturing", lambda of, now=capturing: now and of == device)
+        assert watching.measures()
         assert asked == expected
     assert settled == [(4, kept)]
-    assert watch.measures() and asked == [1], "an answer is asked for once"
+    assert watching.measures() and asked == [1], "an answer is asked for once"
 
 
 def test_each_device_is_asked_for_its_own_numbers():
@@ -228,9 +229,9 @@ def test_each_device_is_asked_for_its_own_numbers():
     walk = SimpleNamespace(
         unsettled=lambda: list(number), kept=lambda k: ([number[k]] * 3, [0.0] * 6)
     )
-    watch = Watch(RULES["sgd_sai"], walk)
-    watch.ask()
-    assert [(q.device.type, q.positions) for q in watch._questions] == [
+    watching = Watch(RULES["sgd_sai"], walk)
+    watching.ask()
+    assert [(q.device.type, q.positions) for q in watching._questions] == [
         ("cpu", [0, 5]),
         ("meta", [3]),
     ]

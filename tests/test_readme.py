@@ -8,8 +8,6 @@ import torch
 from cases import CLASSES, rules
 
 from fused_momentum import reference
-from fused_momentum.rules import Rule, State
-from fused_momentum.rules.functions import where
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -23,7 +21,7 @@ def _blocks(page=README):
 
 def test_the_rule_of_contributing_takes_the_steps_that_it_says():
     (_, block), *_ = _blocks(README.with_name("CONTRIBUTING.md"))
-    names = {"Rule": Rule, "State": State, "where": where}
+    names = {"__name__": "fused_momentum.rules.signum", "__package__": "fused_momentum.rules"}
     exec(block, names)
     hyper, (_, start), *steps = names["SIGNUM"].worked
     hyper = [hyper.get(key, 0.0) for key in names["SIGNUM"].hyper]

@@ -1,7 +1,7 @@
 // Several elements of a stream at a time, by instructions that compilers do not find by themselves;
 // the same bits as from the codecs. Included inside an anonymous namespace.
 
-// What a loop over parameters of a codec has at this level; kCount 0: its elements go one by one.
+// How kCount elements of this codec are loaded and stored at once; 0: they go one by one.
 template <class Codec>
 struct Lanes {
   static constexpr int kCount = 0;

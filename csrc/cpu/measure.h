@@ -37,7 +37,8 @@ inline double halve_column(const double* x) {
     return halve_column<row, step * 2>(x) + halve_column<row + step, step * 2>(x);
 }
 
-// x[i] += x[i + h] for h = 512, 256, ... 1, the first of them in registers: as if x had kRows rows.
+// The sum of a tile: x[i] += x[i + h] for h = 512, 256, ... 1. The first four halvings (kRows = 16)
+// are done in registers, column by column.
 inline double halve(const double* x) {
   double sums[kColumns];
   for (int i = 0; i < kColumns; i++) sums[i] = halve_column<0, 1>(x + i);

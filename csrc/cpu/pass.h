@@ -98,7 +98,7 @@ template <class T, int step, size_t... I>
 __attribute__((always_inline)) inline void prefetch(const Segment& segment, int64_t begin,
                                                     int64_t end, unsigned streams, const int* sizes,
                                                     std::index_sequence<I...>) {
-  // In place of one that is not needed: the first line of the gradient, again and again.
+  // A stream that is not needed asks for a line that is cached anyway: the loop has no branch.
   const char* data[] = {static_cast<const char*>(segment.data[streams >> I & 1 ? I : 1])...};
   const int64_t size[] = {(streams >> I & 1 ? sizes[I] : 0)...};
   if (end > segment.numel) end = segment.numel;
@@ -158,8 +158,8 @@ struct Numbers {
   }
 };
 
-// What a tensor is updated with: the scalars, and a loop for its setting of the switches and for
-// the way in which it is stored. `like` is the tensor that they were found for.
+// The scalars of a tensor, and the loop for its switches and dtypes. Most tensors of a launch have
+// those of the tensor before, `like`: then nothing is found anew.
 template <class Rule, class T>
 struct Update {
   using Loop = void (*)(const Segment& segment, const Segment& next, int64_t begin, int64_t end,
@@ -170,8 +170,8 @@ struct Update {
   Loop loop;
   const Segment* like = nullptr;
 
-  // Whether they are those of another tensor of the same launch too. It then has the same streams:
-  // which of them are absent follows from the row.
+  // Whether another tensor of the launch has the same ones. Its absent streams are then the same
+  // too: they follow from its row.
   inline bool fits(const Launch& launch, const Segment& segment) const {
     return Rule::kKept == 0 && launch.tensor_scalars == nullptr && like != nullptr &&
            segment.row == like->row && segment.first == like->first &&

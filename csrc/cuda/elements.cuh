@@ -51,7 +51,8 @@ struct Factors {
   }
 };
 
-// Where the groups of elements of a thread are: every kStep elements, the same in every stream,
+// Where a thread's groups of elements are in a full tile: every kStep elements, in all streams
+// alike.
 template <int kStep>
 struct Whole {
   int64_t at;
@@ -59,7 +60,7 @@ struct Whole {
   FM_DEVICE int64_t place(int group, int) const { return at + group * kStep; }
 };
 
-// or the same as far as there are elements.
+// The same in the last tile of a tensor, which ends after `left` elements.
 template <int kStep>
 struct Rest {
   int64_t at;

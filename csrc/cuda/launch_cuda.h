@@ -57,13 +57,14 @@ class Cuda {
   // does.
   Status step(const Launch& launch, const OnDevice& on_device, void* stream, int* launches);
 
-  // The rule's pass before the update, in two kernels where `step` has one: its terms are summed
-  // over each segment in float64, in an order that depends on the segment's size alone (sums.cuh);
-  // from the sums follow its tensor scalars and its kept numbers, which are written. So are the
-  // states that the pass writes. A segment that is settled is left as it is, and all are where
-  // found_inf is not zero: their scalars are those they came with. Segments without elements have
-  // none. updates: whether `step` follows. tile_sums is free again when the pass is done. An error
-  // for a rule that measures nothing.
+  // The rule's pass before the update, in two kernels where `step` has one.
+  // - The first sums the rule's terms over each segment in float64, in an order that depends on the
+  //   segment's size alone (sums.cuh), and writes the states that the pass writes.
+  // - The second works out the segment's tensor scalars and kept numbers, and writes them.
+  // - Segments that are settled, and all of them where found_inf is not zero, are left as they are:
+  //   their scalars are those they came with. Segments without elements have none.
+  // updates: whether `step` follows. tile_sums is free again when the pass is done. An error for a
+  // rule that measures nothing.
   Status measure(const Launch& launch, const OnDevice& on_device, bool updates, double* tile_sums,
                  void* stream, int* launches);
 

@@ -100,7 +100,7 @@ class TilePass {
 
   const int thread_;
   Place place_;             // of the tensor that the block is at,
-  uint32_t met_until_ = 0;  // a tile: from there on nothing of it is known yet
+  uint32_t met_until_ = 0;  // what is known of the tensor holds for the tiles below this one
   bool settled_;
   Tensor<Types::kStreams> tensor_;
   Factors<Types> factors_;

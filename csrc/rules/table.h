@@ -14,8 +14,8 @@ namespace fused_momentum {
 
 using std::sqrt;
 
-// Of a pass: scalars that may be 0, where something is then left out. A CPU has a loop for each set
-// of those that are not 0.
+// Switches are scalars of a pass whose zero leaves something out (momentum 0: no buffer). The CPU
+// has one compiled loop for each set of switches that are not 0.
 struct NoSwitches {
   template <class Scalars>
   static constexpr std::array<float Scalars::*, 0> switches(Scalars*) {
@@ -30,13 +30,12 @@ struct Elementwise : NoSwitches {
   static constexpr int kTensor = 1, kKept = 0;
   using Kept = float;
   FM_RULE double initial(int) { return 0.0; }
-  // The streams p, g, states that `update` looks at (bit s): which of them may depend on switches
-  // alone. And the states that it writes (bit k), if it looks at them.
+  // Bit s: `update` reads stream s of p, g, states. May depend on nothing but the switches.
   template <class Scalars>
   FM_RULE unsigned reads(const Scalars&) {
     return ~0u;
   }
-  static constexpr unsigned kWrites = ~0u;
+  static constexpr unsigned kWrites = ~0u;  // bit k: it writes state k, where it reads that
   // The pass before the update, or void.
   using Measure = void;
 };

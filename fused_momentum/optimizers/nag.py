@@ -22,8 +22,10 @@ class FusedNAG(FusedMomentum):
 
     Between steps the parameters hold the look-ahead point ``x + momentum * v``, so that the next
     backward pass takes its gradient there. ``eval()`` moves them to the iterate x, for evaluating
-    or exporting the model, and ``train()`` back to the look-ahead point. With a constant lr the
-    look-ahead points are those of ``FusedSGD(nesterov=True)``.
+    or exporting the model, and ``train()`` back to the look-ahead point. With a constant lr and no
+    decoupled decay, which is taken of x, the look-ahead points are those of
+    ``FusedSGD(nesterov=True)``. What ``eval()`` and ``train()`` write is rounded once to the
+    parameter's dtype.
 
     Args: as ``FusedMomentum``. The group key ``lookahead_momentum`` holds the momentum with which
     the parameters look ahead now (0 after ``eval()``); it is saved with the groups.

@@ -34,7 +34,8 @@ class FusedSGD(FusedOptimizer):
         foreach: accepted and of no effect; there is one implementation.
         differentiable: must be False.
         fused: True lets ``torch.amp.GradScaler`` leave unscaling and skipping to the step itself.
-        capturable: keep hyper-parameters readable by a captured CUDA graph; no effect on CPU.
+        capturable: a captured CUDA graph follows an ``lr`` that is a tensor on the parameters'
+            device; no effect on CPU.
         decoupled_weight_decay: ``p_t * (1 - lr * weight_decay)`` instead of the L2 penalty.
         state_dtype: dtype of the buffer; float32 by default (float64 over float64).
         flatten: True moves the parameters into one flat buffer per device and dtype, "grads" the

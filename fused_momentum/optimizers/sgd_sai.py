@@ -39,9 +39,10 @@ class FusedSGDSaI(FusedOptimizer):
             "sqrt_numel" is ``sqrt(n)``, whatever the gradient.
         degenerate: what to do where std says nothing. "bound": a first gradient that is constant,
             not finite or of one element gives ``sqrt(max(n - 1, 1))``. "defer": the same, until the
-            first gradient that is none of these is measured. In both, an all-zero gradient is no
-            first one: it decays p, and the next one is asked. "official": the formula to the
-            letter, where a first gradient of zeros stops a tensor for ever.
+            first gradient that is none of these is measured. In both, an all-zero gradient does
+            not count as the first: p decays, and the next gradient is measured. "official": the
+            formula to the letter, where a first gradient of zeros stops a tensor for ever.
+            Constant: 1 - (mean / root mean square)^2 is below 2^-40.
         maximize: ascend instead of descend.
         dampening, nesterov: accepted at 0 and False, so that a configuration written for
             torch.optim.SGD works.
@@ -193,7 +194,7 @@ class FusedSGDSaI(FusedOptimizer):
         super().__setstate__(state)
 
     def _complete(self, held: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
-        """Say how far a tensor is that another implementation has trained."""
+        """Add the ``stage`` of a tensor that another implementation has trained."""
         if "stage" in held or not held:
             return
         measured = "gsnr" in held and (

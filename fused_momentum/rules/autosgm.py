@@ -19,7 +19,7 @@ from .table import Kept, Measure, Rule, State
 # averaged (numerators 1 to 3), correlated (1 and 2), clipped (2).
 SCALARS = (
     "shift",  # weights below it are raised by it
-    "wd",  # decay that goes through the filters
+    "wd",  # decay through the filters
     "smoothed",
     "gain",
     "pole",
@@ -31,7 +31,7 @@ SCALARS = (
     "var_pole",
     "var_debias",
     "eps",
-    "decay",  # that does not
+    "decay",  # beside the filters
     "rate",
     "averaged",
     "correlated",

@@ -58,7 +58,7 @@ class Rule:
     ``kept``. ``choices``: the words that a key may have for a value; the rule gets their number.
     ``scalars``: what ``derive`` returns. ``update(p, g, *states, *scalars)`` returns ``(p,
     *states)``, or p and those states that ``writes`` names. ``reads(*scalars)`` returns for p, g
-    and each state whether ``update`` looks at it (None: at all). ``worked`` holds steps done by
+    and each state whether ``update`` reads it (None: it reads all). ``worked`` holds steps done by
     hand, as a test: hyper-parameters, then per step ``(g, p, *states)``.
 
     A rule that depends on the number of the step has ``read(group, t)``: it returns the values of
