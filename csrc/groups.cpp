@@ -57,6 +57,7 @@ void Plan::read_groups(const py::list& groups) {
   kept_.assign(entries_.size() * info_.kept, py::object());
   steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
   layouts_.clear();
+  specs_.clear();
   tiles_changed_ = true;
   generation_++;
 }

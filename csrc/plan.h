@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -173,7 +174,13 @@ class Plan {
   bool find_state(int64_t position, size_t k);
   void sit_out(int64_t position);
   void meet(at::DeviceType type, Todo* todo) const;
+  // How DTensors are laid out, by stream.
+  using Specs = std::array<py::object, kMaxStreams>;
   bool take_parts(int64_t position, std::vector<at::Tensor>* streams);
+  bool find_parts(const std::vector<at::Tensor>& streams, const Specs& specs,
+                  std::vector<at::Tensor>* parts) const;
+  void remember_specs(int64_t position, const std::vector<at::Tensor>& streams,
+                      const std::vector<at::Tensor>& parts);
   void prepare(int64_t position, const std::vector<at::Tensor>& streams);
   void describe_kept(int64_t position, const at::Tensor& param, Segment* segment) const;
   int group_of(int64_t position) const;
@@ -202,7 +209,7 @@ class Plan {
   std::vector<std::vector<std::string>> choices_;
   const std::vector<StateKey> state_keys_;
   std::vector<py::object> state_names_;
-  const py::object params_key_, maximize_key_, capturable_key_, step_key_;
+  const py::object params_key_, maximize_key_, capturable_key_, step_key_, spec_key_, part_key_;
   py::object read_row_;  // None: the rows are the groups
   py::object parts_of_;
 
@@ -225,6 +232,8 @@ class Plan {
   // real, and the parts here of sharded parameters, gradients and states.
   std::vector<at::Tensor> made_;
   std::vector<std::pair<int64_t, at::Tensor>> sharded_;  // of these the parameters, by position
+  // By position: what is laid out so need not be looked at in Python again.
+  std::map<int64_t, Specs> specs_;
 
   std::vector<Segment> segments_;
   std::map<int64_t, std::unique_ptr<Layout>> layouts_;  // by position

@@ -134,16 +134,22 @@ def one_tensor_at_a_time(mesh):
     runs[0].assert_same(runs[1])
 
 
-@case(plain=(fm.FusedSGD,), measured=(fm.FusedSGDSaI,))
-def gradients_that_have_yet_to_be_summed(mesh, cls):
+@case(
+    partial=(fm.FusedSGD, [Partial()]),
+    partial_measured=(fm.FusedSGDSaI, [Partial()]),
+    replicated=(fm.FusedSGD, [Replicate()]),
+    now_and_then=(fm.FusedSGD, [Partial(), None, Replicate(), None]),
+)
+def gradients_that_are_laid_out_otherwise(mesh, cls, placements):
     run, twin = Run(mesh, cls), Run(None, cls)
     for t in range(STEPS):
         run.set_grads(t)
         twin.set_grads(t)
-        for p in run.params:
+        placement = placements[t % len(placements)]
+        for p in run.params if placement else ():
             # Halves are exact, and so is their sum.
-            half = DTensor.from_local(whole(p.grad) / 2, mesh, [Partial()], run_check=False)
-            p.grad = half
+            mine = whole(p.grad) / (2 if placement.is_partial() else 1)
+            p.grad = DTensor.from_local(mine, mesh, [placement], run_check=False)
         run.optimizer.step()
         twin.optimizer.step()
     run.assert_same(twin)
