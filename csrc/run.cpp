@@ -33,13 +33,6 @@ std::vector<int64_t> Plan::unsettled() const {
   return positions;
 }
 
-std::vector<int64_t> Plan::unsettled_shards() const {
-  std::vector<int64_t> positions;
-  for (const auto& [position, part] : sharded_)
-    if (!entries_[position].settled) positions.push_back(position);
-  return positions;
-}
-
 void Plan::settle(int64_t position, const py::list& kept) {
   if (size_t(position) >= entries_.size()) return;
   const py::object* known = &kept_[position * info_.kept];
