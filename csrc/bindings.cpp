@@ -112,6 +112,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   plan.def(py::init<int, std::vector<std::string>, std::vector<std::vector<std::string>>,
                     std::vector<StateKey>, std::string>())
       .def("read", &Plan::read)
+      .def("abandon", &Plan::abandon)
       .def("read_rows_with", &Plan::read_rows_with)
       .def("read_parts_with", &Plan::read_parts_with)
       .def("measures", &Plan::measures)

@@ -29,7 +29,8 @@ void check_stream(const std::string& name, const at::Tensor& param, const at::Te
                    "; needed: torch.strided");
   TORCH_CHECK_TYPE(
       !tensor.unsafeGetTensorImpl()->is_python_dispatch(), name,
-      " is a tensor subclass without storage of its own (such as DTensor); give its local tensor");
+      " is a tensor subclass without storage of its own; needed: a plain tensor, or DTensors for a "
+      "parameter and its gradient");
   TORCH_CHECK_VALUE(tensor.device() == param.device(), name, " is on device ", tensor.device(),
                     ", its parameter on ", param.device(), "; both must be on the same device");
   TORCH_CHECK_VALUE(tensor.sizes() == param.sizes(), name, " has shape ", tensor.sizes(),

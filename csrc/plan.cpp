@@ -25,6 +25,19 @@ bool says_the_same(const Segment& a, const Segment& b) {
 
 }  // namespace
 
+Plan::State::State(PyObject* tensor) : object(tensor) {
+  if (tensor && THPVariable_Unpack(tensor).has_storage())
+    storage = c10::weak_intrusive_ptr<c10::StorageImpl>(
+        THPVariable_Unpack(tensor).storage().getWeakStorageImpl());
+}
+
+bool Plan::State::is(PyObject* value) const {
+  return value == object && object != nullptr &&
+         PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(THPVariableClass)) &&
+         THPVariable_Unpack(value).unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() ==
+             storage._unsafe_get_target();
+}
+
 Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
            const std::vector<std::vector<std::string>>& choices, std::vector<StateKey> state_keys,
            const std::string& device_type)
@@ -67,7 +80,7 @@ struct Plan::Known {
   const Entry* entries;
   Segment* segments;
   const uint32_t* needed;
-  PyObject* const* states;
+  const State* states;
   const py::object *state_names, *steps;  // steps: nullptr where none are counted
   int keys, states_of_rule, kept_itemsize;
   uint64_t state_version;
@@ -87,47 +100,51 @@ struct Plan::Known {
   // Whether state[param] still holds the tensors that were found there. They are made in the order
   // of the keys, so a walk through the dict meets them without a look-up; it may be read by several
   // threads, as it changes not so much as a reference count.
-  __attribute__((noinline)) bool holds_its_states(int64_t position) const {
+  __attribute__((noinline)) bool holds_its_states(int64_t position,
+                                                  const c10::TensorImpl* param) const {
+    const Segment& segment = segments[position];
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
     for (int k = 0; k < keys; k++) {
-      if ((needed[segments[position].row] >> k & 1) == 0) continue;
+      if ((needed[segment.row] >> k & 1) == 0) continue;
       for (bool again = false; key != state_names[k].ptr();) {
         if (PyDict_Next(entries[position].state, &at, &key, &value)) continue;
         if (again) return false;
         again = true;
         at = 0;
       }
-      if (value != states[position * keys + k]) return false;
-      // Another tensor may have come to lie where the last one was.
-      if (k < states_of_rule &&
-          dtype_of(THPVariable_Unpack(value).scalar_type()) != segments[position].dtype[2 + k])
+      if (!states[position * keys + k].is(value)) return false;
+      if (k >= states_of_rule) continue;
+      const c10::TensorImpl* impl = THPVariable_Unpack(value).unsafeGetTensorImpl();
+      if (segment.layout != nullptr || impl->sizes() != param->sizes() ||
+          impl->strides() != param->strides() ||
+          dtype_of(impl->dtype().toScalarType()) != segment.dtype[2 + k])
         return false;
     }
     return true;
   }
 
-  // Whether it does, and they are where the segment says.
-  inline bool has_its_states(int64_t position) const {
+  // Whether it does, and they are where the segment says, with as many elements as the parameter.
+  inline bool has_its_states(int64_t position, const c10::TensorImpl* param) const {
     const Entry& entry = entries[position];
     const Segment& segment = segments[position];
     const uint32_t needed_here = needed[segment.row];
     if (needed_here != 0) {
       if (entry.state == nullptr) return false;
-      if (version_of(entry.state) >= state_version && !holds_its_states(position)) return false;
+      if (version_of(entry.state) >= state_version && !holds_its_states(position, param))
+        return false;
     }
     for (int k = 0; k < keys; k++) {
       if ((needed_here >> k & 1) == 0) continue;
-      PyObject* const state = states[position * keys + k];
-      if (state == nullptr) return false;
+      const State& state = states[position * keys + k];
+      if (state.object == nullptr) return false;
       const bool is_state = k < states_of_rule;
       const void* data = is_state ? segment.data[2 + k] : segment.kept[k - states_of_rule];
       if (data == nullptr) continue;
-      const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
+      const c10::TensorImpl* impl = THPVariable_Unpack(state.object).unsafeGetTensorImpl();
       const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
       if (data != address_of(impl, itemsize, true)) return false;
-      if (is_state && impl->numel() != segment.numel && impl->numel() * 2 != segment.numel)
-        return false;
+      if (is_state && impl->numel() != param->numel()) return false;
     }
     return steps == nullptr || steps[position];
   }
@@ -143,7 +160,7 @@ struct Plan::Known {
     if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
     const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
     if (!has_sizes(impl) || !has_sizes(grad) ||
-        entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position))
+        entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position, impl))
       return Found::changed;
     if (segment.numel == 0) return Found::same;
     void* p = address_of(impl, entry.itemsize[0], true);
@@ -151,6 +168,9 @@ struct Plan::Known {
     if (p == nullptr || g == nullptr) return Found::changed;
     // What is not written stays in the caches of all threads.
     const bool param_moved = segment.data[0] != p, grad_moved = segment.data[1] != g;
+    // A gradient that comes to lie beside its parameter may overlap it.
+    if (grad_moved && impl->unsafe_storage().is_alias_of(grad->unsafe_storage()))
+      return Found::changed;
     if (param_moved) segment.data[0] = p;
     if (grad_moved) segment.data[1] = g;
     return param_moved ? Found::param_moved : grad_moved ? Found::grad_moved : Found::same;
@@ -185,7 +205,7 @@ bool Plan::find_state(int64_t position, size_t k) {
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-  states_[position * state_keys_.size() + k] = found;
+  states_[position * state_keys_.size() + k] = State(found);
   if (int64_t(k) >= info_.states) {
     py::object& known = kept_[position * info_.kept + int64_t(k) - info_.states];
     if (known.ptr() != found) entries_[position].settled = false;
@@ -207,7 +227,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
   std::vector<at::Tensor> streams{param, *found};
   for (int k = 0; k < info_.states; k++) {
-    PyObject* const state = states_[position * state_keys_.size() + k];
+    PyObject* const state = states_[position * state_keys_.size() + k].object;
     streams.push_back(state ? THPVariable_Unpack(state) : at::Tensor());
   }
   entry.key = 0;
@@ -255,11 +275,10 @@ void Plan::describe_kept(int64_t position, const at::Tensor& param, Segment* seg
   }
 }
 
-std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& state,
+std::optional<Plan::Todo> Plan::look(const py::list& groups, const py::dict& state,
                                      const std::optional<py::list>& subset, double grad_multiplier,
                                      const std::vector<int64_t>& first) {
-  made_.clear();
-  sharded_.clear();
+  let_go();
   if (groups_changed(groups)) read_groups(groups);
   read_hyper(grad_multiplier);
   read_state(state);
@@ -272,13 +291,10 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
   generation_ += !first.empty() || subset || !all_;  // subsets are not compared
   all_ = !subset;
   chosen_ = subset ? positions_of(*subset) : std::vector<int64_t>();
-  if (!read_row_.is_none())
-    for_each_chosen([&](int64_t position) {
-      if (!grad_of(THPVariable_Unpack(entries_[position].param.ptr()))) return;
-      const int32_t before = segments_[position].row;
-      segments_[position].row = row_of(position);
-      generation_ += segments_[position].row != before;
-    });
+  if (!read_row_.is_none()) {
+    read_rows();
+    read_state(state);  // Python ran, and may have changed it
+  }
   Todo todo;
   if (check_all()) {
     state_is_newer_ = true;
@@ -292,6 +308,15 @@ std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& sta
     state_is_newer_ = false;
   }
   if (todo.missing.empty() && todo.devices.empty()) return std::nullopt;
+  return todo;
+}
+
+// Between this and the step Python runs, and with it other threads.
+std::optional<Plan::Todo> Plan::read(const py::list& groups, const py::dict& state,
+                                     const std::optional<py::list>& subset, double grad_multiplier,
+                                     const std::vector<int64_t>& first) {
+  auto todo = look(groups, state, subset, grad_multiplier, first);
+  if (!todo && device_type_ == at::kCPU) alive_ = memory();
   return todo;
 }
 

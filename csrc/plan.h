@@ -74,6 +74,8 @@ class Plan {
   std::optional<Todo> read(const py::list& groups, const py::dict& state,
                            const std::optional<py::list>& subset, double grad_multiplier,
                            const std::vector<int64_t>& first);
+  // What was read is no longer needed; no tensor of it takes its first step.
+  void abandon();
 
   // Whether any tensor of this step may have something to measure.
   bool measures() const;
@@ -91,7 +93,8 @@ class Plan {
   // The step itself, on the CPU.
   void run();
 
-  // Both at once, with nothing in between, where nothing is lacking; returns whether it is done.
+  // Reads, measures and steps with nothing in between; returns false, and nothing has changed,
+  // where Python has something to do first.
   bool step(const py::list& groups, const py::dict& state, const std::optional<py::list>& subset,
             double grad_multiplier);
 
@@ -156,6 +159,17 @@ class Plan {
     uint8_t itemsize[kMaxStreams] = {};
     bool settled = false;
   };
+  // A tensor in an optimizer's dict, which owns it: what is dropped between steps is gone. Each
+  // read looks whether the dict still has it, before anything else does. As its storage is held,
+  // weakly, no other one takes its place.
+  struct State {
+    PyObject* object = nullptr;
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+
+    State() = default;
+    explicit State(PyObject* tensor);
+    bool is(PyObject* value) const;
+  };
   struct Known;
   struct Row {
     int group;
@@ -167,7 +181,13 @@ class Plan {
   void read_hyper(double grad_multiplier);
   bool read_device_lr(PyObject* dict, size_t row);
   void read_state(const py::dict& state);
-  int row_of(int64_t position);
+  void read_rows();
+  int64_t read_step(int64_t position);
+  int row_of(int group, int64_t t);
+  std::optional<Todo> look(const py::list& groups, const py::dict& state,
+                           const std::optional<py::list>& subset, double grad_multiplier,
+                           const std::vector<int64_t>& first);
+  void let_go();
   enum class Found { same, grad_moved, param_moved, changed };
   bool check_all();
   void read_entry(int64_t position, Todo* todo);
@@ -215,9 +235,7 @@ class Plan {
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  // entries x state_keys: the tensors the segments point into. The optimizer's dicts own them, and
-  // each read looks whether they still do: a state that is dropped between steps is gone.
-  std::vector<PyObject*> states_;
+  std::vector<State> states_;        // entries x state_keys: the tensors the segments point into
   std::vector<py::object> kept_;     // entries x the rule's kept numbers, of these
   std::vector<py::object> steps_;    // per entry, where steps are counted
   std::vector<int32_t> by_address_;  // positions, sorted by the parameters' addresses
@@ -228,6 +246,7 @@ class Plan {
   bool state_is_newer_ = true;  // what it holds may have changed since then
   PyObject* state_ = nullptr;   // the optimizer's dict
 
+  std::vector<c10::Storage> alive_;  // memory of this step, where others may drop it
   // Tensors of this step that nobody else need own: lazily conjugated or negated gradients made
   // real, and the parts here of sharded parameters, gradients and states.
   std::vector<at::Tensor> made_;

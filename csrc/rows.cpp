@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "peek.h"
 #include "plan.h"
 
 namespace fused_momentum {
@@ -71,22 +72,36 @@ void Plan::read_hyper(double grad_multiplier) {
   }
 }
 
-// The row of a tensor at its next step, for a rule that depends on it.
-int Plan::row_of(int64_t position) {
+// The row of each tensor at its next step, for a rule that depends on it.
+void Plan::read_rows() {
+  std::vector<std::pair<int64_t, int64_t>> steps;  // position, number of its step
+  for_each_chosen([&](int64_t position) {
+    if (grad_of(THPVariable_Unpack(entries_[position].param.ptr())))
+      steps.emplace_back(position, read_step(position));
+  });
+  // Python runs from here on: what its dicts hold may change.
+  for (const auto& [position, t] : steps) {
+    const int32_t row = row_of(group_of(position), t);
+    generation_ += segments_[position].row != row;
+    segments_[position].row = row;
+  }
+}
+
+// The number of the step that a tensor takes next.
+int64_t Plan::read_step(int64_t position) {
   PyObject* found = entries_[position].state;
   if (found != nullptr) found = PyDict_GetItemWithError(found, step_key_.ptr());
-  int64_t t = 1;
   steps_[position] = py::object();
-  if (found != nullptr && THPVariable_Check(found)) {
-    const at::Tensor& step = THPVariable_Unpack(found);
-    TORCH_CHECK_TYPE(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,
-                     name_of(position),
-                     ": its state 'step' must be a float32 CPU tensor of one "
-                     "element");
-    t = int64_t(*step.const_data_ptr<float>()) + 1;
-    steps_[position] = py::reinterpret_borrow<py::object>(found);
-  }
-  const int group = group_of(position);
+  if (found == nullptr || !THPVariable_Check(found)) return 1;
+  const at::Tensor& step = THPVariable_Unpack(found);
+  TORCH_CHECK_TYPE(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,
+                   name_of(position),
+                   ": its state 'step' must be a float32 CPU tensor of one element");
+  steps_[position] = py::reinterpret_borrow<py::object>(found);
+  return int64_t(*step.const_data_ptr<float>()) + 1;
+}
+
+int Plan::row_of(int group, int64_t t) {
   for (size_t row = rows_.size(); row-- > 0;)
     if (rows_[row].group == group && rows_[row].t == t) return int(row);
   const py::object& dict = groups_[group].dict;

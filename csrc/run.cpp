@@ -52,11 +52,11 @@ std::pair<py::list, std::vector<double>> Plan::kept(int64_t position) const {
   return {tensors, std::vector<double>(hyper, hyper + hyper_keys_.size())};
 }
 
-// Up to this cost (tiles.h), some milliseconds, a step keeps the GIL: what it works on is safe
-// then.
+// Up to this cost (tiles.h), some milliseconds, a step keeps the GIL: nobody drops what it works
+// on.
 constexpr int64_t kCostWithGil = 1 << 22;
 
-// The memory of this step, which other threads may drop.
+// The memory of this step, which others may drop. Called before they can.
 std::vector<c10::Storage> Plan::memory() const {
   std::vector<c10::Storage> memory;
   const auto add = [&memory](const at::Tensor& tensor) {
@@ -65,13 +65,28 @@ std::vector<c10::Storage> Plan::memory() const {
   for_each_chosen([&](int64_t position) {
     if (segments_[position].numel == 0) return;
     const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
+    // made_ has the parts of a sharded one; what Python has of it may have changed by now.
+    if (param.unsafeGetTensorImpl()->is_python_dispatch()) return;
     add(param);
     if (const at::Tensor* grad = grad_of(param)) add(*grad);
     for (int k = 0; k < info_.states; k++)
-      if (PyObject* state = states_[position * state_keys_.size() + k])
-        add(THPVariable_Unpack(state));
+      if (auto storage = states_[position * state_keys_.size() + k].storage.lock())
+        memory.emplace_back(std::move(storage));
   });
   return memory;
+}
+
+void Plan::let_go() {
+  alive_.clear();
+  made_.clear();
+  sharded_.clear();
+}
+
+void Plan::abandon() {
+  let_go();
+  for (Segment& segment : segments_) segment.first = false;
+  generation_ += begins_;
+  begins_ = false;
 }
 
 // Calls f with this step as a launch.
@@ -90,14 +105,21 @@ void Plan::with_launch(F&& f) {
       all_ ? describe_launch(segments_, tiles_) : describe_launch(segments, tiles);
   if (launch.segment_count == 0) return;
   if (launch.cost <= kCostWithGil) return f(launch);
-  const std::vector<c10::Storage> alive = memory();
+  if (alive_.empty()) alive_ = memory();
   py::gil_scoped_release without_gil;
   f(launch);
 }
 
 bool Plan::step(const py::list& groups, const py::dict& state,
                 const std::optional<py::list>& subset, double grad_multiplier) {
-  if (read(groups, state, subset, grad_multiplier, {})) return false;
+  if (look(groups, state, subset, grad_multiplier, {})) return false;
+  if (!sharded_.empty()) alive_ = memory();  // Python has looked at them, so others may have run
+  if (info_.sums > 0) {
+    if (info_.settles && !(unsettled().empty() && unsettled_shards().empty())) return false;
+    const bool measures_all = !info_.settles && measures();
+    if (measures_all && !sharded_.empty()) return false;
+    if (measures_all) measure(/*updates=*/true);
+  }
   run();
   return true;
 }
@@ -141,8 +163,7 @@ void Plan::finish() {
   });
   for (const auto& [position, part] : sharded_)
     if (!part.is_inference()) part.unsafeGetTensorImpl()->bump_version();
-  sharded_.clear();
-  made_.clear();
+  let_go();
   if (!begins_) return;
   for_each_chosen([&](int64_t position) {
     if (entries_[position].key != 0) segments_[position].first = false;

@@ -49,8 +49,8 @@ def check_param(name: str, param: object) -> None:
     check_tensor(name, param, param)
     if torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python):
         raise TypeError(
-            f"{name} is a tensor subclass without storage of its own (such as DTensor); give its "
-            "local tensor"
+            f"{name} is a tensor subclass without storage of its own; needed: a plain tensor, or "
+            "DTensors for a parameter and its gradient"
         )
     if param.is_conj() or param.is_neg():
         raise TypeError(

@@ -127,9 +127,8 @@ class Plan:
         )
 
     def _walk_alone(self, name: str) -> Any:
-        """The walk, where it is the only one, in the extension, and nothing is measured."""
-        alone = name == "cpu" and len(self._walks) == 1 and self.rule.measure is None
-        return next(iter(self._walks.values())) if alone else None
+        """The walk, where it is the only one, and the extension's on the CPU."""
+        return self._walks["cpu"] if name == "cpu" and len(self._walks) == 1 else None
 
     def _make_walk(self, name: str, device_type: str) -> Any:
         extension, _ = native.load()
@@ -188,42 +187,52 @@ class Plan:
         grad_multiplier = amp.grad_multiplier() if waits else 1.0
         # torch takes any sequence for one.
         groups = groups if type(groups) is list else list(groups)
-        if self._alone is not None and self._alone.step(groups, state, params, grad_multiplier):
+        alone = self._alone if updates else None
+        if alone is not None and alone.step(groups, state, params, grad_multiplier):
             return True
-        first: dict[str, list[int]] = {}
         made: list[tuple[torch.Tensor, str]] = []
-        read = partial(self._read, groups, state, params, grad_multiplier, first)
+        stepped: set[str] = set()
+        read = partial(self._read, groups, state, params, grad_multiplier)
         try:
-            todo = read()
-            if self.rule.measure is not None and not self.rule.measure.settles:
-                self._refuse_shards(groups)
-            while todo:
-                if not waits and amp.skips():
-                    return False
-                for device_type, found in todo.items():
-                    at = self._walks[device_type].at
-                    lacking = [(param, groups[i]) for param, i in map(at, found.missing)]
-                    begin = self.make_states(lacking, state, made)
-                    first[device_type] = list(itertools.compress(found.missing, begin))
-                todo = read()
-            self._settled = not made
-            measures = bool(made)
-            if self.rule.measure is not None and self._settle_shards(updates, amp, first):
-                measures = True
-                read()
-            amp = NO_AMP if waits else amp
-            if self.rule.measure is not None:
-                self._measure(updates, amp, measures, on_measured)
-            if updates:
-                for device_type, walk in self._walks.items():
-                    self._runners[device_type].run(walk, amp)
+            if not self._prepare(groups, state, read, amp, waits, updates, made, on_measured):
+                return False
+            for device_type, walk in self._walks.items() if updates else ():
+                self._runners[device_type].run(walk, NO_AMP if waits else amp)
+                stepped.add(device_type)
         except BaseException:
             # Who has not begun must begin with the next attempt.
             for param, name in made:
-                del state[param][name]
-                if not state[param]:
-                    del state[param]
+                if param.device.type not in stepped:
+                    _drop(state, param, name)
             raise
+        finally:
+            for walk in self._walks.values():
+                walk.abandon()
+        return True
+
+    def _prepare(
+        self, groups, state, read: Callable, amp: Amp, waits: bool, updates: bool, made, on_measured
+    ) -> bool:
+        """Make the states that are lacking, and measure; return False where the step is skipped."""
+        first: dict[str, list[int]] = {}
+        todo = read(first)
+        if self.rule.measure is not None and not self.rule.measure.settles:
+            self._refuse_shards(groups)
+        while todo:
+            if not waits and amp.skips():
+                return False
+            for device_type, found in todo.items():
+                at = self._walks[device_type].at
+                lacking = [(param, groups[i]) for param, i in map(at, found.missing)]
+                begin = self.make_states(lacking, state, made)
+                first[device_type] = list(itertools.compress(found.missing, begin))
+            todo = read(first)
+        self._settled = not made
+        if self.rule.measure is not None:
+            measured = self._settle_shards(updates, amp, first)
+            if measured:
+                read(first)
+            self._measure(updates, NO_AMP if waits else amp, measured or bool(made), on_measured)
         return True
 
     def make_states(
@@ -246,8 +255,8 @@ class Plan:
             lacking += [(param, s.name) for s in lacks]
             if self.rule.read is not None and STEP not in held:
                 lacking.append((param, STEP))
-        make_states(self.rule, lacking, state, self._dtype)
         made += lacking
+        make_states(self.rule, lacking, state, self._dtype)
         return begin
 
     def _refuse_shards(self, groups: list[dict]) -> None:
@@ -301,6 +310,13 @@ class Plan:
                 return lacking
             for device_type in sorted(new):
                 self._take(device_type, groups)
+
+
+def _drop(state: dict, param: torch.Tensor, name: str) -> None:
+    held = state.get(param, {})
+    held.pop(name, None)
+    if not held:
+        state.pop(param, None)
 
 
 def _device_types(groups: list[dict]) -> list[str]:

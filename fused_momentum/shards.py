@@ -12,7 +12,8 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether this is a DTensor: FSDP2's and tensor parallel parameters are."""
     # Whoever has one has imported the module. It takes long, so nobody else should.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    dtensor = getattr(module, "DTensor", None)  # not there while the import is under way
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 @torch.no_grad()

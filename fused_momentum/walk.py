@@ -132,6 +132,7 @@ class Walk:
     ) -> Item:
         """Read one tensor that takes part, and what is held of its states."""
         param, i = self._params[position]
+        held = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
         step = held.get("step") if self._rule.read is not None else None
         row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
         names = [s.name for s in needed(self._rule, self._hyper[row])]
@@ -150,6 +151,10 @@ class Walk:
             todo.missing.append(position)
         return Item(position, part, grad, states, kept, step, row)
 
+    def abandon(self) -> None:
+        """What was read is no longer needed; it would keep gradients alive."""
+        self._items, self._updates = [], {}
+
     def _row_of(self, groups: list[dict], i: int, t: int, grad_multiplier: float) -> int:
         """The row of the table for tensors of group ``i`` that take their step ``t``."""
         if self._rule.read is None:
@@ -166,7 +171,7 @@ class Walk:
 
     def _address_of_lr(self, group: dict) -> int:
         """A learning rate's entry in ``device_lr``; as Plan::read_device_lr in csrc/rows.cpp."""
-        lr = group["lr"]
+        lr = group.get("lr")
         stays = (
             self._keeps_lr
             and self._rule.read is None

@@ -48,17 +48,20 @@ class Watch:
     @torch.no_grad()
     def ask(self) -> None:
         """Have the kept numbers, which a measuring step is about to write, sent to the host."""
+        asked = {
+            (position, *map(id, kept))
+            for question in self._questions
+            for position, kept in zip(question.positions, question.kept, strict=True)
+        }
         members: dict[torch.device, list[int]] = {}
         for position in self._walk.unsettled():
             kept, _ = self._walk.kept(position)
-            device = next(tensor.device for tensor in kept if tensor is not None)
-            members.setdefault(device, []).append(position)
-        # What is captured runs later, and at every replay.
-        self._questions = [
-            self._question(device, positions)
-            for device, positions in members.items()
-            if not _is_capturing(device)
-        ]
+            if (position, *map(id, kept)) not in asked:
+                device = next(tensor.device for tensor in kept if tensor is not None)
+                members.setdefault(device, []).append(position)
+        for device, positions in members.items():
+            if not _is_capturing(device):  # what is captured runs later, and at every replay
+                self._questions.append(self._question(device, positions))
 
     def _question(self, device: torch.device, positions: list[int]) -> Question:
         kept, hyper = map(list, zip(*map(self._walk.kept, positions), strict=True))

@@ -9,7 +9,10 @@ from .sums import TILE
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is started on the device now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -47,6 +47,7 @@ ARROWS = {
     "optimizers": {
         "optimizers",
         "backends",
+        "checks",
         "flat",
         "plan",
         "rules",

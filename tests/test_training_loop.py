@@ -299,13 +299,14 @@ def test_zero_redundancy_optimizer(cls, kwargs, bucket_view):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nag_moves_to_the_iterate_and_back_by_one_rounding_each(dtype):
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_nag_moves_to_the_iterate_and_back_by_one_rounding_each(dtype, state_dtype):
     p = Parameter(torch.randn(1000).to(dtype))
-    opt = FusedNAG([p], **CLASSICAL)
+    opt = FusedNAG([p], **CLASSICAL, state_dtype=state_dtype)
     for _ in range(3):
         p.grad = torch.randn(1000).to(dtype)
         opt.step()
-    ahead, velocity = p.detach().float().clone(), opt.state[p]["velocity"]
+    ahead, velocity = p.detach().float().clone(), opt.state[p]["velocity"].float()
     opt.eval()
     iterate = (ahead + velocity * -CLASSICAL["momentum"]).to(dtype)
     assert torch.equal(p, iterate)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 
 from .. import flat, shards
 from ..backends import check_request, choose
+from ..checks import OPTIONAL_KEYS
 from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
 from .arguments import check_lr, check_options, is_not_negative
@@ -245,7 +246,8 @@ class FusedOptimizer(Optimizer):
         defaults = state.get("defaults") or self.defaults
         for group in state["param_groups"]:
             for key, value in {**defaults, **self._group_state}.items():
-                group.setdefault(key, value)
+                if key not in OPTIONAL_KEYS:  # where they are absent, they were False
+                    group.setdefault(key, value)
         states = rehomed(
             self.rule, state["state"], state["param_groups"], options.state_dtype, self._complete
         )

@@ -79,9 +79,12 @@ def rehomed(
     ``complete(held, group)`` adds what another implementation's checkpoint lacks of a parameter's.
     """
     names = names_of(rule)
+    ours = {param for group in groups for param in group["params"]}
     made: dict = defaultdict(dict)
     for param, values in states.items():
-        made[param] = {key: value for key, value in values.items() if key not in names}
+        if param in ours:
+            values = {key: value for key, value in values.items() if key not in names}
+        made[param] = values
     found = []
     for group in groups:
         for param in group["params"]:

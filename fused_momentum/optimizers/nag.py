@@ -78,8 +78,10 @@ class FusedNAG(FusedMomentum):
             moved = p.grad is not None and (stepped is None or id(p) in stepped)
             velocity = self.state.get(p, {}).get("velocity")
             if velocity is not None and not moved:
-                # Each operation rounds once, in the velocity's type, the parameter last.
-                p.copy_(p.to(velocity.dtype) + velocity * by)
+                # Each operation rounds once, in float32 at least, and the parameter last.
+                wide = torch.promote_types(p.dtype, velocity.dtype)
+                wide = torch.promote_types(wide, torch.float32)
+                p.copy_(p.to(wide) + velocity.to(wide) * by)
 
     def _move(self, evaluating: bool) -> None:
         for group in self.param_groups:

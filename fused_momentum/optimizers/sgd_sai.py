@@ -186,7 +186,7 @@ class FusedSGDSaI(FusedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for i, group in enumerate(state["param_groups"]):
-            if not group.get("weight_decouple", True) and group["weight_decay"] != 0:
+            if not group.get("weight_decouple", True) and group.get("weight_decay") != 0:
                 raise ValueError(
                     f"param_groups[{i}] has weight_decouple=False and weight_decay="
                     f"{group['weight_decay']}; needed: decoupled decay, or none"
