@@ -84,9 +84,10 @@ void Plan::let_go() {
 
 void Plan::abandon() {
   let_go();
+  if (!begins_) return;
   for (Segment& segment : segments_) segment.first = false;
-  generation_ += begins_;
   begins_ = false;
+  generation_++;
 }
 
 // Calls f with this step as a launch.
