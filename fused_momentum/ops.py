@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import native, reference
+from . import native, reference, shards
 from .backends import choose
 from .checks import check_param, check_tensor
 from .rules import RULES, Rule
@@ -199,6 +199,11 @@ def _function(rule: Rule, name: str) -> Callable:
         for list_name, tensors in zip(positional, bound.args, strict=False):
             if isinstance(tensors, torch.Tensor):
                 raise TypeError(f"{list_name} is a tensor; needed: a list of tensors")
+            for i, tensor in enumerate(tensors):
+                if shards.is_sharded(tensor):
+                    raise TypeError(
+                        f"{list_name}[{i}] is a DTensor; give its part here, tensor.to_local()"
+                    )
         # No gradient flows through an update, so what is returned has no history.
         with torch.no_grad():
             return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)

@@ -96,6 +96,7 @@ class Plan:
         # first steps; else the host must wait for it.
         self._reads_amp = False
         self._settled = False
+        self._moved: shards.Moved = {}
         self._alone: Any = None  # the walk that takes whole steps, where there is one
 
     def _take(self, device_type: str, groups: list[dict]) -> None:
@@ -133,7 +134,7 @@ class Plan:
     def _make_walk(self, name: str, device_type: str) -> Any:
         extension, _ = native.load()
         if name == "reference" or extension is None:
-            return Walk(self.rule, device_type)
+            return Walk(self.rule, device_type, self._moved)
         keys = [
             extension.StateKey(s.name, -1 if s.when is None else self.rule.hyper.index(s.when))
             for s in (*self.rule.states, *self.rule.kept)
@@ -141,7 +142,7 @@ class Plan:
         index = native.rule_number(self.rule.name)
         choices = [list(self.rule.choices.get(key, ())) for key in self.rule.hyper]
         walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
-        walk.read_parts_with(shards.parts_of)
+        walk.read_parts_with(lambda name, streams: shards.parts_of(name, streams, self._moved))
         if self.rule.read is not None:
             walk.read_rows_with(self.rule.read)
         return walk
@@ -176,6 +177,7 @@ class Plan:
         without waiting for a device. ``updates=False`` only measures. A step that measures, or has
         made states, calls ``on_measured`` before the update.
         """
+        self._moved.clear()  # a step that raised may have left some
         if self.rule.read is not None and torch.cuda.is_initialized():
             _refuse_capture(self.rule)
         waits = amp is not NO_AMP and not (self._reads_amp and self._settled)
@@ -189,6 +191,7 @@ class Plan:
         groups = groups if type(groups) is list else list(groups)
         alone = self._alone if updates else None
         if alone is not None and alone.step(groups, state, params, grad_multiplier):
+            self._moved.clear()
             return True
         made: list[tuple[torch.Tensor, str]] = []
         stepped: set[str] = set()
@@ -206,6 +209,7 @@ class Plan:
                     _drop(state, param, name)
             raise
         finally:
+            self._moved.clear()
             for walk in self._walks.values():
                 walk.abandon()
         return True
@@ -229,7 +233,7 @@ class Plan:
             todo = read(first)
         self._settled = not made
         if self.rule.measure is not None:
-            measured = self._settle_shards(updates, amp, first)
+            measured = self._settle_shards(groups, updates, amp, first)
             if measured:
                 read(first)
             self._measure(updates, NO_AMP if waits else amp, measured or bool(made), on_measured)
@@ -274,7 +278,9 @@ class Plan:
                     "needed is a plain tensor"
                 )
 
-    def _settle_shards(self, updates: bool, amp: Amp, first: dict[str, list[int]]) -> bool:
+    def _settle_shards(
+        self, groups: list[dict], updates: bool, amp: Amp, first: dict[str, list[int]]
+    ) -> bool:
         """Measure the sharded tensors that may have something to measure; whether there were any.
 
         Adds those that begin with this step to ``first``.
@@ -283,7 +289,9 @@ class Plan:
         if not unsettled or amp.skips():
             return False
         for device_type, walk in unsettled.items():
-            begin = collective.settle_shards(self.rule, walk, amp.grad_multiplier(), updates)
+            begin = collective.settle_shards(
+                self.rule, walk, groups, self._moved, amp.grad_multiplier(), updates
+            )
             first[device_type] = [*first.get(device_type, ()), *begin]
         return True
 

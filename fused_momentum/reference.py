@@ -72,6 +72,42 @@ def _in_memory_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tensor.expand(like.shape).permute(dims).reshape(-1)
 
 
+def numbers_of(rule: Rule, kept: Sequence[torch.Tensor | None]) -> list[float]:
+    """The numbers kept for a tensor; absent ones are as they begin."""
+    return [
+        k.initial if tensor is None else tensor.item()
+        for k, tensor in zip(rule.kept, kept, strict=True)
+    ]
+
+
+def is_settled(rule: Rule, hyper: Sequence[float], kept: Sequence[torch.Tensor | None]) -> bool:
+    """Whether what there is to measure of a tensor with these kept numbers has been."""
+    return bool(rule.measure.settled(*hyper, *numbers_of(rule, kept)))
+
+
+def settle(
+    rule: Rule,
+    hyper: Sequence[float],
+    kept: Sequence[torch.Tensor | None],
+    sums: Sequence[float],
+    numel: int,
+    updates: bool,
+) -> list[float]:
+    """Settle what follows from the sums over a tensor of ``numel`` elements.
+
+    Writes the kept numbers, and returns the tensor's scalars of this step.
+    """
+    count = len(rule.tensor_scalars)
+    numbers = map(float, (numel, updates, *numbers_of(rule, kept), *sums))
+    settled = rule.measure.settle(*hyper, *numbers)
+    for tensor, number in zip(kept, settled[count:], strict=True):
+        if tensor is not None:
+            # fill_ raises where the number is beyond the type's range, instead of rounding it.
+            single = tensor.dtype == torch.float32
+            tensor.fill_(ctypes.c_float(number).value if single else number)
+    return list(settled[:count])
+
+
 class Update:
     """One step of one parameter: its tensors as the rule takes them, and what it gives back."""
 
@@ -97,26 +133,19 @@ class Update:
         self._grad = _real(grad).to(self._dtype) * grad_multiplier
         self._tensor_scalars = [float(first), *(0.0 for _ in rule.tensor_scalars[1:])]
 
-    def _kept_numbers(self) -> list[float]:
-        return [
-            k.initial if tensor is None else tensor.item()
-            for k, tensor in zip(self._rule.kept, self._kept, strict=True)
-        ]
-
     def settled(self) -> bool:
         """Whether there is nothing to measure."""
-        return self._param.numel() == 0 or self.is_known()
-
-    def is_known(self) -> bool:
-        """Whether what there is to measure of the tensor has been."""
-        return bool(self._rule.measure.settled(*self._hyper, *self._kept_numbers()))
+        return self._param.numel() == 0 or is_settled(self._rule, self._hyper, self._kept)
 
     def measure(self, updates: bool = True) -> None:
         """Run the pass before the update, and settle what follows from its sums.
 
         ``updates``: the update follows.
         """
-        self.settle(self.sums(), self._param.numel(), updates)
+        numel = self._param.numel()
+        self._tensor_scalars = settle(
+            self._rule, self._hyper, self._kept, self.sums(), numel, updates
+        )
 
     def sums(self) -> list[float]:
         """Run the pass before the update; return the sums of its terms."""
@@ -125,20 +154,6 @@ class Update:
         self._store(rule.measure.writes, written)
         terms = [t.expand(self._param.shape) for t in terms]
         return [tensor_sum(_in_memory_order(t, self._param)) for t in terms]
-
-    def settle(self, sums: Sequence[float], numel: int, updates: bool) -> list[float]:
-        """Settle what follows from the sums over ``numel`` elements; return the tensor's scalars.
-
-        The kept numbers are written.
-        """
-        numbers = (numel, updates, *self._kept_numbers(), *sums)
-        count = len(self._tensor_scalars)
-        settled = self._rule.measure.settle(*self._hyper, *map(float, numbers))
-        self._tensor_scalars = list(settled[:count])
-        for tensor, number in zip(self._kept, settled[count:], strict=True):
-            if tensor is not None:
-                tensor.fill_(number)
-        return self._tensor_scalars
 
     def update(self) -> None:
         """Update the parameter and its states in place; the gradient is left as it is."""
@@ -149,7 +164,7 @@ class Update:
 
     def _run(self, function: Callable, names: Sequence[str], leading: int = 0):
         """What a pass returns: the states that it names and the rest, before and after them."""
-        numbers = (*self._hyper, *self._tensor_scalars, *self._kept_numbers())
+        numbers = (*self._hyper, *self._tensor_scalars, *numbers_of(self._rule, self._kept))
         scalars = scalars_of(self._rule, numbers, self._dtype)
         p = self._param.to(self._dtype)
         loaded = [

@@ -82,12 +82,7 @@ def gsnr(
     """
     if isinstance(params, torch.optim.Optimizer):
         return Scales(_kept(params))
-    named = [
-        (name, p)
-        for name, p in _named(params)
-        if not isinstance(p, torch.Tensor) or p.grad is not None
-    ]
-    return Scales(_measured(named, eps))
+    return Scales(_measured(dict(_named(params)), eps))
 
 
 def _named(params: torch.nn.Module | Mapping | Iterable) -> Named:
@@ -109,22 +104,23 @@ def _kept(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Scale]]:
 
 
 @torch.no_grad()
-def _measured(named: list[tuple[str, torch.Tensor]], eps: float) -> Iterator[tuple[str, Scale]]:
+def _measured(named: dict[str, torch.Tensor], eps: float) -> Iterator[tuple[str, Scale]]:
     hyper = dict.fromkeys(RULE.hyper, 0.0)
     hyper["eps"] = eps
     hyper["degenerate"] = RULE.choices["degenerate"].index("official")
-    states = [None] * len(RULE.states)
-    passes, scales = [], []
-    for name, param in named:
+    parts = {}
+    for i, (name, param) in enumerate(named.items()):
+        if isinstance(param, torch.Tensor) and param.grad is None:
+            continue
         part = shards.part_of(param)
         check_param(name, part)
-        part, grad = shards.parts_of(name, (param, param.grad))
+        part, grad = shards.parts_of(name, (param, param.grad), {})
         check_tensor(f"{name}.grad", grad, part)
-        scales.append(torch.zeros((), dtype=torch.float64, device="cpu"))
-        kept = [scales[-1] if number.name == "gsnr" else None for number in RULE.kept]
-        passes.append(reference.Update(RULE, part, grad, states, kept, list(hyper.values())))
-    sums = collective.whole_sums([p for _, p in named], passes)
-    for (name, param), pass_, scale, row in zip(named, passes, scales, sums, strict=True):
-        numel = reference.numel_of(param)
-        pass_.settle(row, numel, updates=True)
-        yield name, Scale(scale.item(), numel)
+        parts[i] = collective.part_sums(RULE, (part, grad), list(hyper.values()), 1.0)
+    names, params = list(named), list(named.values())
+    for i, sums in collective.whole_sums(RULE, named, parts).items():
+        scale = torch.zeros((), dtype=torch.float64, device="cpu")
+        kept = [scale if number.name == "gsnr" else None for number in RULE.kept]
+        numel = reference.numel_of(params[i])
+        reference.settle(RULE, list(hyper.values()), kept, sums, numel, updates=True)
+        yield names[i], Scale(scale.item(), numel)

@@ -25,7 +25,14 @@ def part_of(tensor: torch.Tensor) -> torch.Tensor:
     return part.wait() if hasattr(part, "wait") else part  # still on its way, after a collective
 
 
-def parts_of(name: str, streams: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+# Gradients of this step that were brought to their parameter's layout, by the id of what they were:
+# (that, what was made of it). Once each, however often a step looks: it takes a collective.
+Moved = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def parts_of(
+    name: str, streams: Sequence[torch.Tensor | None], moved: Moved
+) -> list[torch.Tensor | None]:
     """The parts of a parameter, its gradient and its states; no copies, but of a moved gradient.
 
     A gradient that is laid out otherwise than its parameter (one of tensor parallel may have yet to
@@ -42,21 +49,31 @@ def parts_of(name: str, streams: Sequence[torch.Tensor | None]) -> list[torch.Te
     if not is_sharded(param):
         return list(streams)
     mesh, placements = param.device_mesh, param.placements
-    if (grad.device_mesh, grad.placements) != (mesh, placements):
-        with torch.no_grad():
-            grad = grad.redistribute(mesh, placements)
-    for state in states:
-        if state is not None and (state.device_mesh, state.placements) != (mesh, placements):
+    for what, tensor in [(".grad", grad), *((" state", state) for state in states)]:
+        if tensor is None:
+            continue
+        same = tensor.device_mesh == mesh and (what == ".grad" or tensor.placements == placements)
+        if not same:
             raise ValueError(
-                f"{name} state is placed as {list(state.placements)} on {state.device_mesh}, its "
+                f"{name}{what} is placed as {list(tensor.placements)} on {tensor.device_mesh}, its "
                 f"parameter as {list(placements)} on {mesh}; they must be the same"
             )
+    if grad.placements != placements:
+        if id(grad) not in moved:
+            with torch.no_grad():
+                moved[id(grad)] = grad, grad.redistribute(mesh, placements)
+        grad = moved[id(grad)][1]
     return [None if t is None else part_of(t) for t in (param, grad, *states)]
 
 
+def is_elsewhere(param: torch.Tensor) -> bool:
+    """Whether this process is none of those that hold a sharded parameter."""
+    return is_sharded(param) and param.device_mesh.get_coordinate() is None
+
+
 def sharded_dims(param: torch.Tensor) -> tuple[int, ...]:
-    """The dimensions of its mesh along which a parameter is sharded, not replicated."""
-    placements = param.placements if is_sharded(param) else ()
+    """The dimensions of its mesh along which a parameter is sharded; none where it is elsewhere."""
+    placements = param.placements if is_sharded(param) and not is_elsewhere(param) else ()
     return tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
@@ -64,9 +81,16 @@ def like(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A tensor that is sharded as ``param`` is, whose part here is ``part`` itself."""
     if not is_sharded(param):
         return part
+    mesh, spec = param.device_mesh, param._spec
+    if part.device.type != mesh.device_type:
+        # Parts that FSDP has offloaded: from_local would bring them back.
+        meta = type(spec.tensor_meta)(param.shape, param.stride(), part.dtype)
+        return type(param.data)(
+            part, type(spec)(mesh, param.placements, tensor_meta=meta), requires_grad=False
+        )
     return type(param.data).from_local(
         part,
-        param.device_mesh,
+        mesh,
         param.placements,
         run_check=False,
         shape=param.shape,

@@ -59,7 +59,8 @@ def needed(rule: Rule, hyper: Sequence[float]) -> list[State | Kept]:
 class Walk:
     """What one step of ``rule`` works on, among the tensors on one kind of device."""
 
-    def __init__(self, rule: Rule, device_type: str):
+    def __init__(self, rule: Rule, device_type: str, moved: shards.Moved | None = None):
+        self._moved = {} if moved is None else moved
         # Addresses are not compared: every walk may have found new ones.
         self.moves = self.generation = 0
         self._rule = rule
@@ -138,7 +139,7 @@ class Walk:
         names = [s.name for s in needed(self._rule, self._hyper[row])]
         states = [held.get(s.name) if s.name in names else None for s in self._rule.states]
         kept = [held.get(k.name) if k.name in names else None for k in self._rule.kept]
-        part, grad, *states = shards.parts_of(name, (param, param.grad, *states))
+        part, grad, *states = shards.parts_of(name, (param, param.grad, *states), self._moved)
         check_tensor(f"{name}.grad", grad, part)
         check_memory(f"{name}.grad", grad, part, written=False)
         for tensor in states:

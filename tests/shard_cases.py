@@ -11,12 +11,14 @@ import pytest
 import torch
 from loop import CLASSICAL, SUBJECTS
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Linear, Parameter, ReLU, Sequential
 
 import fused_momentum as fm
+from fused_momentum import shards
 
 STEPS = 4
 SHAPES = [(6, 5), (5, 4), (1,), (2, 3, 4), ()]  # in halves, unevenly, with nothing in one process
@@ -51,6 +53,10 @@ def spread(tensor, mesh, placement):
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run_of(mesh):
+    return [spread(torch.ones(4), mesh, Shard(0))]
 
 
 class Run:
@@ -171,6 +177,64 @@ def scales_that_come_before_or_after_the_first_step(mesh, factors, initialise):
 
 
 @case()
+def a_moved_gradient_takes_one_collective_a_step(mesh):
+    """However often a step looks: at the first one, states are lacking."""
+    for cls in (fm.FusedSGD, fm.FusedSGDSaI):
+        run = Run(mesh, cls)
+        for t in range(3):
+            run.set_grads(t)
+            mine = whole(run.params[0].grad) / 2
+            run.params[0].grad = DTensor.from_local(mine, mesh, [Partial()], run_check=False)
+            with CommDebugMode() as count:
+                run.optimizer.step()
+            # SGD-SaI measures once, all tensors together.
+            measures = cls is fm.FusedSGDSaI and t == 0
+            assert count.get_total_counts() == 1 + measures, f"{cls.__name__}, step {t}"
+
+
+@case()
+def processes_that_measure_different_tensors(mesh):
+    """Nobody takes the sums of one for those of another."""
+    run = Run(mesh, fm.FusedSGDSaI)
+    run.set_grads(0)
+    run.params[mesh.get_rank()].grad = None
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\] is measured by 1 of 2 processes"):
+        run.optimizer.step()
+    run.set_grads(0)
+    run.optimizer.step()
+    twin = Run(None, fm.FusedSGDSaI)
+    twin.set_grads(0)
+    twin.optimizer.step()
+    run.assert_same(twin)
+
+
+@case(sgd=(fm.FusedSGD,), sgd_sai=(fm.FusedSGDSaI,), autosgm=(fm.FusedAutoSGM,))
+def a_parameter_of_other_processes(mesh, cls):
+    """A mesh of the first process alone: the second holds nothing of it."""
+    small = DeviceMesh("cpu", [0])
+    p = Parameter(distribute_tensor(random((6, 4), 0), small, [Shard(0)], src_data_rank=None))
+    p.grad = distribute_tensor(random((6, 4), 1), small, [Shard(0)], src_data_rank=None)
+    optimizer = cls([p], lr=0.1)
+    optimizer.step()
+    optimizer.step()
+    assert p.to_local().numel() == (24 if mesh.get_rank() == 0 else 0)
+
+
+@case()
+def parts_that_are_offloaded(mesh):
+    """FSDP2's CPUOffloadPolicy: parts on the CPU, of a mesh of GPUs. Here the mesh says meta."""
+    part, tensor = torch.ones(3, 4), torch.ones(6, 4)
+    p = spread(tensor, mesh, Shard(0))
+    try:
+        mesh._device_type = "meta"
+        state = shards.like(p, part)
+    finally:
+        mesh._device_type = "cpu"
+    assert state.to_local().data_ptr() == part.data_ptr()
+    assert (state.shape, state.placements, state.dtype) == (p.shape, p.placements, p.dtype)
+
+
+@case()
 def scales_of_a_model_are_those_of_whole_tensors(mesh):
     scales = []
     for run in (Run(mesh), Run(None)):
@@ -267,14 +331,27 @@ def nothing_is_copied(mesh):
 @case(flat=(True,), flat_grads=("grads",))
 def flat_buffers_hold_what_is_not_sharded(mesh, flatten):
     some = (True, False, True, False, True)
-    run = Run(mesh, sharded=some, flatten=flatten).train()
+    run, before = Run(mesh, sharded=some, flatten=flatten), []
+    for t in range(STEPS):
+        for i, (p, place) in enumerate(zip(run.params, run.placed, strict=True)):
+            grad = place(random(p.shape, 100 * t + i))
+            if p.grad is None:
+                p.grad = grad
+            else:
+                p.grad.copy_(grad)
+        run.optimizer.step()
+        addresses = [run.params[i].data_ptr() for i in (1, 3)]
+        addresses += [run.params[i].grad.data_ptr() for i in (1, 3) if flatten == "grads"]
+        assert t == 0 or addresses == before
+        before = addresses
+        run.optimizer.zero_grad()
+        kept = [run.params[i].grad is not None for i in range(5)]
+        assert kept == [flatten == "grads" and not here for here in some]
     run.assert_same(Run(None).train())
     (buffer,) = run.optimizer.flatten()
     begin = buffer.data_ptr()
     inside = range(begin, begin + buffer.numel() * buffer.element_size())
     assert all(run.params[i].data_ptr() in inside for i in (1, 3))
-    run.optimizer.zero_grad(set_to_none=False)
-    assert all(not whole(p.grad).any() for p in run.params)
 
 
 @case()
@@ -321,5 +398,21 @@ def errors(mesh, backend):
 
     mixed = r"\['params'\]\[1\] is a DTensor, its state a Tensor; needed: a DTensor"
     refused(Run(mesh, backend=backend).train(range(1)), TypeError, mixed, whole_state)
+    other = Run(mesh, backend=backend)
+    other_mesh = init_device_mesh("cpu", (1, 2))
+
+    def grad_of_another_mesh(run):
+        run.set_grads = lambda *_: None
+        for p in run.params:
+            p.grad = distribute_tensor(torch.ones(p.shape), other_mesh, src_data_rank=None)
+
+    refused(other, ValueError, r"\['params'\]\[0\]\.grad is placed as", grad_of_another_mesh)
+    saved = Run(other_mesh).train(range(1)).optimizer.state_dict()
+    for run in (Run(mesh, backend=backend), Run(None, backend=backend)):
+        with pytest.raises(ValueError, match="momentum_buffer of parameter 0 is sharded over"):
+            run.optimizer.load_state_dict(saved)
+    with pytest.raises(TypeError, match=r"params\[0\] is a DTensor; give its part here"):
+        fm.ops.sgd_(run_of(mesh), run_of(mesh), lr=0.1)
+
     placed = r"\['params'\]\[1\] state is placed as \[Replicate\(\)\]"
     refused(Run(mesh, backend=backend).train(range(1)), ValueError, placed, other_placement)

@@ -43,7 +43,7 @@ ARROWS = {
         "walk",
         "watch",
     },
-    "ops": {"backends", "checks", "kernels", "native", "reference", "rules"},
+    "ops": {"backends", "checks", "kernels", "native", "reference", "rules", "shards"},
     "optimizers": {
         "optimizers",
         "backends",

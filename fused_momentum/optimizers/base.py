@@ -227,10 +227,13 @@ class FusedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; with ``flatten="grads"`` one memset per buffer, and they stay."""
         if self._flat_grads.buffers:
-            grads = [p for p in self._params() if p.grad is not None]
+            grads = [p for p in self._movable() if p.grad is not None]
             if self._flat_grads.holds(grads):
                 for buffer in self._flat_grads.buffers:
                     buffer.zero_()
+                for p in self._params():
+                    if shards.is_sharded(p) and p.grad is not None:
+                        p.grad = None if set_to_none else torch.zeros_like(p.grad)
                 return
         super().zero_grad(set_to_none)
 

@@ -41,6 +41,13 @@ def _shielded(rule: Rule, i: int, values: dict[str, Any], param: torch.Tensor) -
             raise TypeError(f"{what} is a {type(value).__name__}; needed: a tensor")
         if value.layout != torch.strided:
             raise TypeError(f"{what} has layout {value.layout}; needed: torch.strided")
+        if shards.is_sharded(value) and not (
+            shards.is_sharded(param) and value.device_mesh == param.device_mesh
+        ):
+            raise ValueError(
+                f"{what} is sharded over {value.device_mesh}; needed: a whole tensor, or one that "
+                "is sharded over its parameter's mesh"
+            )
         shape = param.shape if name in tensors else torch.Size()
         if value.shape != shape and not (name not in tensors and value.numel() == 1):
             raise ValueError(f"{what} has shape {list(value.shape)}; needed: {list(shape)}")

@@ -266,7 +266,8 @@ class Step:
 
 def numbers_before(update):
     """What the reference derives the scalars of its next pass from."""
-    return (*update._hyper, *update._tensor_scalars, *update._kept_numbers())
+    kept = reference.numbers_of(update._rule, update._kept)
+    return (*update._hyper, *update._tensor_scalars, *kept)
 
 
 def check(kernels, rule, tensors, hyper, *, launches=1, **options):
