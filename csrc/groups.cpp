@@ -53,7 +53,7 @@ void Plan::read_groups(const py::list& groups) {
   entries_.shrink_to_fit();
   segments_.shrink_to_fit();
   by_address_.shrink_to_fit();
-  states_.assign(entries_.size() * state_keys_.size(), State());
+  states_.assign(entries_.size() * info_.states, State());
   kept_.assign(entries_.size() * info_.kept, py::object());
   steps_.assign(read_row_.is_none() ? 0 : entries_.size(), py::object());
   layouts_.clear();

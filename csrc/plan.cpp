@@ -81,8 +81,8 @@ struct Plan::Known {
   Segment* segments;
   const uint32_t* needed;
   const State* states;
-  const py::object *state_names, *steps;  // steps: nullptr where none are counted
-  int keys, states_of_rule, kept_itemsize;
+  const py::object *kept, *state_names, *steps;  // steps: nullptr where none are counted
+  int keys, states_of_rule, kept_of_rule, kept_itemsize;
   uint64_t state_version;
 
   explicit Known(Plan* plan)
@@ -90,12 +90,20 @@ struct Plan::Known {
         segments(plan->segments_.data()),
         needed(plan->needed_.data()),
         states(plan->states_.data()),
+        kept(plan->kept_.data()),
         state_names(plan->state_names_.data()),
         steps(plan->read_row_.is_none() ? nullptr : plan->steps_.data()),
         keys(int(plan->state_keys_.size())),
         states_of_rule(plan->info_.states),
+        kept_of_rule(plan->info_.kept),
         kept_itemsize(itemsize_of(plan->info_.kept_dtype)),
         state_version(plan->state_version_) {}
+
+  // What was found under key k, or nullptr.
+  inline PyObject* found(int64_t position, int k) const {
+    return k < states_of_rule ? states[position * states_of_rule + k].object
+                              : kept[position * kept_of_rule + k - states_of_rule].ptr();
+  }
 
   // Whether state[param] still holds the tensors that were found there. They are made in the order
   // of the keys, so a walk through the dict meets them without a look-up; it may be read by several
@@ -113,8 +121,9 @@ struct Plan::Known {
         again = true;
         at = 0;
       }
-      if (!states[position * keys + k].is(value)) return false;
+      if (value != found(position, k)) return false;
       if (k >= states_of_rule) continue;
+      if (!states[position * states_of_rule + k].is(value)) return false;
       const c10::TensorImpl* impl = THPVariable_Unpack(value).unsafeGetTensorImpl();
       if (segment.layout != nullptr || impl->sizes() != param->sizes() ||
           impl->strides() != param->strides() ||
@@ -136,12 +145,12 @@ struct Plan::Known {
     }
     for (int k = 0; k < keys; k++) {
       if ((needed_here >> k & 1) == 0) continue;
-      const State& state = states[position * keys + k];
-      if (state.object == nullptr) return false;
+      PyObject* const state = found(position, k);
+      if (state == nullptr) return false;
       const bool is_state = k < states_of_rule;
       const void* data = is_state ? segment.data[2 + k] : segment.kept[k - states_of_rule];
       if (data == nullptr) continue;
-      const c10::TensorImpl* impl = THPVariable_Unpack(state.object).unsafeGetTensorImpl();
+      const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
       const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
       if (data != address_of(impl, itemsize, true)) return false;
       if (is_state && impl->numel() != param->numel()) return false;
@@ -205,8 +214,9 @@ bool Plan::find_state(int64_t position, size_t k) {
   if (needed && entry.state != nullptr)
     found = PyDict_GetItemWithError(entry.state, state_names_[k].ptr());
   if (found != nullptr && !THPVariable_Check(found)) found = nullptr;
-  states_[position * state_keys_.size() + k] = State(found);
-  if (int64_t(k) >= info_.states) {
+  if (int64_t(k) < info_.states) {
+    states_[position * info_.states + k] = State(found);
+  } else {
     py::object& known = kept_[position * info_.kept + int64_t(k) - info_.states];
     if (known.ptr() != found) entries_[position].settled = false;
     known = py::reinterpret_borrow<py::object>(found);
@@ -227,7 +237,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   for (size_t k = 0; k < state_keys_.size(); k++) has_states &= find_state(position, k);
   std::vector<at::Tensor> streams{param, *found};
   for (int k = 0; k < info_.states; k++) {
-    PyObject* const state = states_[position * state_keys_.size() + k].object;
+    PyObject* const state = states_[position * info_.states + k].object;
     streams.push_back(state ? THPVariable_Unpack(state) : at::Tensor());
   }
   entry.key = 0;

@@ -235,8 +235,8 @@ class Plan {
 
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
-  std::vector<State> states_;        // entries x state_keys: the tensors the segments point into
-  std::vector<py::object> kept_;     // entries x the rule's kept numbers, of these
+  std::vector<State> states_;        // entries x the rule's states: what the segments point into
+  std::vector<py::object> kept_;     // entries x the rule's kept numbers, as well
   std::vector<py::object> steps_;    // per entry, where steps are counted
   std::vector<int32_t> by_address_;  // positions, sorted by the parameters' addresses
   // Positions of the parameters in the order of the optimizer's dict; -1: a key that is none.

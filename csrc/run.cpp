@@ -70,7 +70,7 @@ std::vector<c10::Storage> Plan::memory() const {
     add(param);
     if (const at::Tensor* grad = grad_of(param)) add(*grad);
     for (int k = 0; k < info_.states; k++)
-      if (auto storage = states_[position * state_keys_.size() + k].storage.lock())
+      if (auto storage = states_[position * info_.states + k].storage.lock())
         memory.emplace_back(std::move(storage));
   });
   return memory;

@@ -142,7 +142,7 @@ class Plan:
         index = native.rule_number(self.rule.name)
         choices = [list(self.rule.choices.get(key, ())) for key in self.rule.hyper]
         walk = extension.Plan(index, self.rule.hyper, choices, keys, device_type)
-        walk.read_parts_with(lambda name, streams: shards.parts_of(name, streams, self._moved))
+        walk.read_parts_with(partial(shards.parts_of, moved=self._moved))
         if self.rule.read is not None:
             walk.read_rows_with(self.rule.read)
         return walk
