@@ -100,7 +100,7 @@ struct Plan::Known {
         state_version(plan->state_version_) {}
 
   // What was found under key k, or nullptr.
-  inline PyObject* found(int64_t position, int k) const {
+  [[gnu::always_inline]] inline PyObject* found(int64_t position, int k) const {
     return k < states_of_rule ? states[position * states_of_rule + k].object
                               : kept[position * kept_of_rule + k - states_of_rule].ptr();
   }
@@ -134,7 +134,8 @@ struct Plan::Known {
   }
 
   // Whether it does, and they are where the segment says, with as many elements as the parameter.
-  inline bool has_its_states(int64_t position, const c10::TensorImpl* param) const {
+  inline bool has_its_states(int64_t position,
+                                                    const c10::TensorImpl* param) const {
     const Entry& entry = entries[position];
     const Segment& segment = segments[position];
     const uint32_t needed_here = needed[segment.row];
@@ -153,7 +154,8 @@ struct Plan::Known {
       const c10::TensorImpl* impl = THPVariable_Unpack(state).unsafeGetTensorImpl();
       const int itemsize = is_state ? entry.itemsize[2 + k] : kept_itemsize;
       if (data != address_of(impl, itemsize, true)) return false;
-      if (is_state && impl->numel() != param->numel()) return false;
+      if (is_state && impl->numel() != segment.numel && impl->numel() != param->numel())
+        return false;
     }
     return steps == nullptr || steps[position];
   }

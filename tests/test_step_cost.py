@@ -94,7 +94,7 @@ def test_the_plan_holds_under_200_bytes_a_tensor(rule):
 
     small, large = size(1000), size(3000)
     assert small < large, "bytes() does not see the tensors"
-    # Each further number that a rule keeps per tensor is one more to look up; of a state the storage
-    # is held, weakly, besides.
+    # Each further number that a rule keeps per tensor is one more to look up; of a state the
+    # storage is held, weakly, besides.
     further = 2 * (len(rule.states) - 1) + len(rule.kept) + (rule.read is not None)
     assert large < (200 + 8 * further) * 3000
