@@ -134,8 +134,7 @@ struct Plan::Known {
   }
 
   // Whether it does, and they are where the segment says, with as many elements as the parameter.
-  inline bool has_its_states(int64_t position,
-                                                    const c10::TensorImpl* param) const {
+  inline bool has_its_states(int64_t position, const c10::TensorImpl* param) const {
     const Entry& entry = entries[position];
     const Segment& segment = segments[position];
     const uint32_t needed_here = needed[segment.row];
