@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -225,5 +226,10 @@ def _function(rule: Rule, name: str) -> Callable:
 _RULES = [rule for rule in RULES.values() if not (rule.kept or rule.read)]
 for _rule in _RULES:
     globals()[f"{_rule.name}_"], globals()[_rule.name] = _register(_rule)
+
+if TYPE_CHECKING:  # the functions above are made from the table: checkers do not see them
+
+    def __getattr__(name: str) -> Callable[..., Any]: ...
+
 
 __all__ = [name for rule in _RULES for name in (rule.name, f"{rule.name}_")]
