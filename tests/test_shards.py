@@ -19,6 +19,7 @@ WORLD = 2
 
 def _work(rank, folder):
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host is called
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
