@@ -1,7 +1,6 @@
 """Memory that others drop, give back, share or exchange between steps and during one."""
 
 import gc
-import threading
 import weakref
 
 import pytest
@@ -61,36 +60,6 @@ def test_states_that_were_away_between_steps_change_nothing(cls, kwargs):
                 values[name] = away.clone()
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("large", [False, True], ids=["with-gil", "without-gil"])
-@pytest.mark.parametrize("what", ["gradient", "states"])
-@pytest.mark.parametrize("cls", [FusedSGD, FusedSGDSaI])
-@needs_extension
-def test_what_another_thread_drops_is_there_until_the_step_ends(cls, what, large):
-    count = 6_000_000 if large else 3_000_000  # either side of kCostWithGil in csrc/run.cpp
-    p = Parameter(torch.zeros(count))
-    optimizer = cls([p], lr=1.0, momentum=0.9, weight_decay=0.0, backend="cpu")
-    stop = threading.Event()
-
-    def drop():
-        while not stop.is_set():
-            if what == "gradient":
-                p.grad = None
-            else:
-                optimizer.state.clear()
-
-    thread = threading.Thread(target=drop)
-    thread.start()
-    try:
-        for _ in range(8):
-            p.grad = torch.ones(count)
-            optimizer.step()
-            # It was there at the beginning of the step, or not: nothing in between.
-            assert (p.detach() == p.detach()[0]).all()
-    finally:
-        stop.set()
-        thread.join()
 
 
 # --- given back ----------------------------------------------------------------------------------
