@@ -3,6 +3,7 @@
 
 #include <torch/csrc/autograd/variable.h>
 
+#include <cstring>
 #include <optional>
 
 #include "launch.h"
@@ -44,6 +45,11 @@ inline uint64_t version_of(PyObject* dict) {
 #endif
 }
 
+// Whether both count the changes of one tensor and its views.
+inline bool is_same(const c10::VariableVersion& a, const c10::VariableVersion& b) {
+  return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
 // Where the elements of a strided tensor begin; nullptr: its memory has been given back.
 inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
   c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
@@ -58,14 +64,18 @@ inline bool has_sizes(const c10::TensorImpl* impl) {
   return !impl->key_set().has_any(others);
 }
 
+// The key of one number more. The factor is the golden ratio's, of which no small multiple comes
+// near a whole number: two pairs of sizes with one key would have more than 2^62 elements.
 inline uint64_t mix(uint64_t key, uint64_t number) {
-  return (key ^ (key >> 31) ^ number) * 0x9e3779b97f4a7c15u;
+  return (key + number) * 0x9e3779b97f4a7c15u;
 }
 
 // The dispatch keys tell kind of device, layout, subclass and lazy conjugation apart.
-inline uint64_t kind_of(const c10::TensorImpl* impl) {
-  const uint64_t index = uint8_t(impl->device().index());
-  return (impl->key_set().raw_repr() << 16 ^ index << 8) | uint8_t(impl->dtype().toScalarType());
+inline uint64_t with_kind(uint64_t key, const c10::TensorImpl* impl) {
+  const c10::DispatchKeySet keys = impl->key_set();
+  const bool has_index = !keys.has_backend(c10::BackendComponent::CPUBit);
+  const uint64_t index = has_index ? uint8_t(impl->device().index()) : 0;
+  return mix(mix(key, keys.raw_repr()), index << 8 | uint8_t(impl->dtype().toScalarType()));
 }
 
 [[gnu::noinline]] inline uint64_t with_layouts(uint64_t key, const c10::TensorImpl* param,
@@ -84,7 +94,7 @@ inline uint64_t kind_of(const c10::TensorImpl* impl) {
   const c10::IntArrayRef sizes = param->sizes(), grad_sizes = grad->sizes();
   // Contiguous and of one shape, as most are: that shape is all there is to tell.
   bool alike = param->is_contiguous() && grad->is_contiguous() && sizes.size() == grad_sizes.size();
-  uint64_t key = mix(mix(0, kind_of(param)), kind_of(grad));
+  uint64_t key = with_kind(with_kind(0, param), grad);
   key = mix(key, uint64_t(states) << 8 | sizes.size());
   for (size_t d = 0; d < sizes.size(); d++) {
     key = mix(key, uint64_t(sizes[d]));

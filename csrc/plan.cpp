@@ -170,7 +170,8 @@ struct Plan::Known {
     if (!found) return entry.key == 0 && segment.numel == 0 ? Found::same : Found::changed;
     const c10::TensorImpl *impl = param.unsafeGetTensorImpl(), *grad = found->unsafeGetTensorImpl();
     if (!has_sizes(impl) || !has_sizes(grad) ||
-        entry.key != key_of(impl, grad, needed[segment.row]) || !has_its_states(position, impl))
+        entry.key != key_of(impl, grad, needed[segment.row]) ||
+        !is_same(entry.version, impl->version_counter()) || !has_its_states(position, impl))
       return Found::changed;
     if (segment.numel == 0) return Found::same;
     void* p = address_of(impl, entry.itemsize[0], true);
@@ -191,7 +192,7 @@ struct Plan::Known {
 bool Plan::check_all() {
   changed_.assign(entries_.size(), 0);
   std::atomic<int64_t> moves{0}, moved{0}, changed{0};
-  for_each_chosen_in_threads([&, known = Known(this)](int64_t position) {
+  const auto look_at = [&, known = Known(this)](int64_t position) __attribute__((always_inline)) {
     const Found found = known.check(position);
     if (found == Found::same) return;
     if (found == Found::changed) {
@@ -201,7 +202,8 @@ bool Plan::check_all() {
     }
     if (found == Found::param_moved) moves++;
     if (!moved.load(std::memory_order_relaxed)) moved.store(1, std::memory_order_relaxed);
-  });
+  };
+  for_each_chosen_in_threads(look_at);
   moves_ += moves;
   generation_ += moved;
   return changed != 0;
@@ -242,6 +244,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
     streams.push_back(state ? THPVariable_Unpack(state) : at::Tensor());
   }
   entry.key = 0;
+  entry.version = param.unsafeGetTensorImpl()->version_counter();
   const bool sharded = take_parts(position, &streams);
   const bool lazy = streams[1].is_conj() || streams[1].is_neg();
   if (lazy) streams[1] = streams[1].resolve_conj().resolve_neg();

@@ -158,6 +158,7 @@ class Plan {
     uint64_t key = 0;
     uint8_t itemsize[kMaxStreams] = {};
     bool settled = false;
+    c10::VariableVersion version;  // the parameter's: one line of memory a step instead of three
   };
   // A tensor in an optimizer's dict, which owns it: what is dropped between steps is gone. Each
   // read looks whether the dict still has it, before anything else does. As its storage is held,

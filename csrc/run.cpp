@@ -153,13 +153,12 @@ void Plan::run() {
 }
 
 void Plan::finish() {
-  const Entry* entries = entries_.data();
+  Entry* entries = entries_.data();
   const py::object* steps = steps_.empty() ? nullptr : steps_.data();
   for_each_chosen_in_threads([entries, steps](int64_t position) {
-    if (entries[position].key == 0) return;
-    c10::TensorImpl* param =
-        THPVariable_Unpack(entries[position].param.ptr()).unsafeGetTensorImpl();
-    if (param->version_counter().enabled()) param->bump_version();  // inference tensors have none
+    Entry& entry = entries[position];
+    if (entry.key == 0) return;
+    if (entry.version.enabled()) entry.version.bump();  // inference tensors have none
     if (steps) *THPVariable_Unpack(steps[position].ptr()).mutable_data_ptr<float>() += 1;
   });
   for (const auto& [position, part] : sharded_)

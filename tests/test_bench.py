@@ -11,7 +11,15 @@ from bench.formulas import Plain
 from bench.providers import COMPILED, FOR_LOOP, FOREACH, FUSED, OURS, RULES, SGD_HYPER
 from bench.size import fit
 from bench.step import enter
-from bench.timing import MIN_ROUNDS, SLOW_ROUNDS, Contestant, interleave, ratio
+from bench.timing import (
+    MIN_ROUNDS,
+    SLOW_ROUNDS,
+    TURN_US,
+    WARM_UPS,
+    Contestant,
+    interleave,
+    ratio,
+)
 
 CPU = torch.device("cpu")
 SGD_PEERS = {p.name: p for p in RULES["sgd"].providers}
@@ -369,8 +377,15 @@ def test_interleave_gives_every_contestant_a_turn_in_every_round():
     rounds = interleave(contestants, StoppedClock(), deadline=0.0)
     assert rounds == MIN_ROUNDS
     assert [len(contestant.total) for contestant in contestants] == [rounds, rounds]
-    turns = [name for name, _ in groupby(order[2:])]  # after the warm-up
+    turns = [name for name, _ in groupby(order[2 * WARM_UPS :])]
     assert turns == list("ababab")  # ab ba ab ba ab: the order turns round by round
+
+
+def test_a_turn_is_as_long_as_steps_are_when_warm():
+    times = iter([1000.0, 200.0, 100.0])
+    contestant = Contestant((0,), lambda: next(times, 100.0))
+    interleave([contestant], StoppedClock(), deadline=0.0)
+    assert {len(turn) for turn in contestant.total} == {TURN_US // 100}
 
 
 def test_one_that_is_far_too_slow_drops_out():

@@ -21,9 +21,10 @@ struct Lanes<bf16> {
   }
 
   static inline void load(bf16, const uint16_t* in, float* out) {
+    // One instruction takes a word to the upper half of its float and clears the lower half.
+    const __m512i words = _mm512_loadu_si512(in);
     for (int k = 0; k < kCount; k += kHalf) {
-      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + k));
-      const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+      const __m512i bits = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper_halves(k), words);
       _mm512_store_ps(out + k, _mm512_castsi512_ps(bits));
     }
   }
@@ -41,6 +42,12 @@ struct Lanes<bf16> {
   }
 
  private:
+  // For each float of a register, in its upper half, the number of the word that it is made of.
+  static inline __m512i upper_halves(int first) {
+    const __m512i numbers = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_slli_epi32(_mm512_add_epi32(numbers, _mm512_set1_epi32(first)), 16);
+  }
+
   __attribute__((noinline, cold)) static void store_others(__m512 low, __m512 high, uint16_t* out) {
     alignas(64) float in[kCount];
     _mm512_store_ps(in, low);

@@ -88,11 +88,11 @@ void measure_segment(const Launch& launch, int64_t i, int64_t first, int64_t til
 
 template <class Rule>
 void measure_rule(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {
-  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t first, int64_t tile, int64_t last) {
-    const auto measure = launch.segments[i].dtype[0] == DType::f64 ? measure_segment<Rule, double>
-                                                                   : measure_segment<Rule, float>;
-    measure(launch, i, first, tile, last, tile_sums);
-  });
+  for (Parts parts(launch, tile, tile_end); parts.any(); parts.next()) {
+    const auto measure = parts.here().dtype[0] == DType::f64 ? measure_segment<Rule, double>
+                                                             : measure_segment<Rule, float>;
+    measure(launch, parts.segment, parts.first, parts.tile, parts.last_tile(), tile_sums);
+  }
 }
 
 void measure_tiles_here(const Launch& launch, int64_t tile, int64_t tile_end, double* tile_sums) {

@@ -13,6 +13,38 @@ constexpr int64_t kAhead = 128;  // elements that are asked for at a time
 template <class T, size_t>
 using Repeat = T;  // a T for each number of a pack
 
+// Tiles [tile, tile_end) of a launch, part by part: the tiles of one segment are a part.
+struct Parts {
+  const Launch* launch;
+  int64_t tile_end, segment, first, tile;  // `segment` has the tiles from `first` on
+
+  Parts(const Launch& of, int64_t tile, int64_t tile_end)
+      : launch(&of), tile_end(tile_end), tile(tile) {
+    segment = segment_of(of.tile_ends, of.segment_count, tile);
+    first = segment == 0 ? 0 : of.tile_ends[segment - 1];
+  }
+
+  inline bool any() const { return tile < tile_end; }
+  inline const Segment& here() const { return launch->segments[segment]; }
+  inline const Segment& following() const {
+    return launch->segments[segment + 1 < launch->segment_count ? segment + 1 : segment];
+  }
+  inline int64_t last_tile() const {
+    return launch->tile_ends[segment] < tile_end ? launch->tile_ends[segment] : tile_end;
+  }
+  // The elements of the part.
+  inline int64_t begin() const { return (tile - first) * kTile; }
+  inline int64_t end() const {
+    const int64_t whole = (last_tile() - first) * kTile;
+    return whole < here().numel ? whole : here().numel;
+  }
+  inline void next() {
+    first = tile = launch->tile_ends[segment++];
+    if (any())
+      while (launch->tile_ends[segment] == tile) segment++;  // has no elements
+  }
+};
+
 // The streams that a pass needs. It writes those of its states that it needs.
 template <class Rule, class Pass, class Scalars>
 inline unsigned needed(const Scalars& scalars) {
@@ -162,8 +194,8 @@ struct Numbers {
 // those of the tensor before, `like`: then nothing is found anew.
 template <class Rule, class T>
 struct Update {
-  using Loop = void (*)(const Segment& segment, const Segment& next, int64_t begin, int64_t end,
-                        const Update& with);
+  // Updates the part, and those after it that `with` fits; returns the first that is left.
+  using Loop = Parts (*)(Parts parts, const Update& with);
   typename Rule::template Scalars<T> scalars;
   T grad_multiplier;
   unsigned streams;
@@ -172,8 +204,9 @@ struct Update {
 
   // Whether another tensor of the launch has the same ones. Its absent streams are then the same
   // too: they follow from its row.
-  inline bool fits(const Launch& launch, const Segment& segment) const {
-    return Rule::kKept == 0 && launch.tensor_scalars == nullptr && like != nullptr &&
+  inline bool fits(const Parts& parts) const {
+    const Segment& segment = parts.here();
+    return Rule::kKept == 0 && parts.launch->tensor_scalars == nullptr && like != nullptr &&
            segment.row == like->row && segment.first == like->first &&
            segment.layout == like->layout &&
            std::memcmp(segment.dtype, like->dtype, sizeof segment.dtype) == 0;
@@ -182,20 +215,25 @@ struct Update {
   void find(const Launch& launch, int64_t i);
 };
 
-// Updates elements [begin, end) of a segment, whatever it is, block by block.
+// Updates segments, whatever they are, block by block.
 template <class Rule, class T>
-__attribute__((noinline)) void update_blocks(const Segment& segment, const Segment&, int64_t begin,
-                                             int64_t end, const Update<Rule, T>& with) {
+__attribute__((noinline)) Parts update_blocks(Parts parts, const Update<Rule, T>& with) {
   constexpr unsigned written = 1 | Rule::kWrites << 2;  // gradients are never modified
   Values<Rule, T, kBlock> values;
   using Native = typename decltype(values)::Native;
-  for (; begin < end; begin += kBlock) {
-    const int n = end - begin < kBlock ? int(end - begin) : kBlock;
-    values.read(segment, begin, n, with.streams);
-    update_each<Rule, T, Native, Native, Native>(values.at, n, with.grad_multiplier, with.scalars,
-                                                 std::make_index_sequence<Rule::kStates>{});
-    values.write(segment, begin, n, with.streams & written);
-  }
+  do {
+    const Segment& segment = parts.here();
+    const int64_t end = parts.end();
+    for (int64_t begin = parts.begin(); begin < end; begin += kBlock) {
+      const int n = end - begin < kBlock ? int(end - begin) : kBlock;
+      values.read(segment, begin, n, with.streams);
+      update_each<Rule, T, Native, Native, Native>(values.at, n, with.grad_multiplier, with.scalars,
+                                                   std::make_index_sequence<Rule::kStates>{});
+      values.write(segment, begin, n, with.streams & written);
+    }
+    parts.next();
+  } while (parts.any() && with.fits(parts));
+  return parts;
 }
 
 // The dtype of stream s of a segment that is stored as P, G, S.
@@ -223,42 +261,48 @@ __attribute__((noinline)) void update_rest(const Segment& segment, int64_t begin
                                 std::make_index_sequence<Rule::kStates>{});
 }
 
-// Updates elements [begin, end) of a segment where they lie, stored as P, G, S.
+// Updates segments where they lie, stored as P, G, S.
 //
 // Hardware prefetchers follow a stream, but stop at the end of a page and know nothing of the next
 // tensor: while the last elements are updated, as many of `next` are asked for.
 template <class Rule, class T, class P, class G, class S, unsigned setting>
-__attribute__((noinline)) void update_in_place(const Segment& segment, const Segment& next,
-                                               int64_t begin, int64_t end,
-                                               const Update<Rule, T>& with) {
+__attribute__((noinline)) Parts update_in_place(Parts parts, const Update<Rule, T>& with) {
   constexpr int count = 2 + Rule::kStates;
   constexpr std::make_index_sequence<Rule::kStates> states;
   const auto scalars = in_setting<Rule, setting>(with.scalars);
+  const T grad_multiplier = with.grad_multiplier;
   const unsigned streams = needed<Rule, Rule>(scalars) | 3;
   int sizes[count];
   for (int s = 0; s < count; s++) sizes[s] = itemsize_of(dtype_of<P, G, S>(s));
   constexpr int step = 64 / itemsize_of(P::dtype);  // no stream that is stored so is narrower
-  const int64_t last = end - begin < kTile ? end - begin : kTile;
-  const int64_t near = (end - last + kAhead - 1) & -kAhead;
-  while (begin < end) {
-    int64_t size = near - begin;
-    if (size <= 0) {
-      prefetch<T, step>(next, begin - near, begin - near + kAhead, streams, sizes,
-                        std::make_index_sequence<count>{});
-      size = end - begin < kAhead ? end - begin : kAhead;
+  do {
+    const Segment &segment = parts.here(), &next = parts.following();
+    int64_t begin = parts.begin();
+    const int64_t end = parts.end();
+    const int64_t last = end - begin < kTile ? end - begin : kTile;
+    const int64_t near = (end - last + kAhead - 1) & -kAhead;
+    while (begin < end) {
+      int64_t size = near - begin;
+      if (size <= 0) {
+        prefetch<T, step>(next, begin - near, begin - near + kAhead, streams, sizes,
+                          std::make_index_sequence<count>{});
+        size = end - begin < kAhead ? end - begin : kAhead;
+      }
+      void* at[count];
+      find_streams<P, G, S>(segment, begin, at);
+      if constexpr (Lanes<P>::kCount == 0) {
+        update_each<Rule, T, P, G, S>(at, size, grad_multiplier, scalars, states);
+      } else {
+        const int64_t rest = size & (Lanes<P>::kCount - 1);
+        update_lanes<Rule, T, P, G, S>(at, size - rest, grad_multiplier, scalars, states);
+        if (rest != 0)
+          update_rest<Rule, T, P, G, S, setting>(segment, begin + size - rest, begin + size, with);
+      }
+      begin += size;
     }
-    void* at[count];
-    find_streams<P, G, S>(segment, begin, at);
-    if constexpr (Lanes<P>::kCount == 0) {
-      update_each<Rule, T, P, G, S>(at, size, with.grad_multiplier, scalars, states);
-    } else {
-      const int64_t rest = size & (Lanes<P>::kCount - 1);
-      update_lanes<Rule, T, P, G, S>(at, size - rest, with.grad_multiplier, scalars, states);
-      if (rest != 0)
-        update_rest<Rule, T, P, G, S, setting>(segment, begin + size - rest, begin + size, with);
-    }
-    begin += size;
-  }
+    parts.next();
+  } while (parts.any() && with.fits(parts));
+  return parts;
 }
 
 // Whether a segment is contiguous, has the streams that are needed, and stores them as P, G, S.
@@ -299,41 +343,18 @@ __attribute__((noinline)) void Update<Rule, T>::find(const Launch& launch, int64
 }
 
 template <class Rule, class T>
-inline void run_segment(const Launch& launch, int64_t i, int64_t begin, int64_t end,
-                        Update<Rule, T>* with) {
-  const Segment& segment = launch.segments[i];
-  const Segment& next = launch.segments[i + 1 < launch.segment_count ? i + 1 : i];
-  if (!with->fits(launch, segment)) with->find(launch, i);
-  with->loop(segment, next, begin, end, *with);
-}
-
-// Calls f(segment, its first tile, tile, end) for the part of each segment in [tile, tile_end).
-template <class F>
-__attribute__((always_inline)) inline void for_each_part(const Launch& launch, int64_t tile,
-                                                         int64_t tile_end, F&& f) {
-  int64_t i = segment_of(launch.tile_ends, launch.segment_count, tile);
-  int64_t first = i == 0 ? 0 : launch.tile_ends[i - 1];
-  for (; tile < tile_end; i++) {
-    const int64_t end = launch.tile_ends[i];
-    if (first != end) f(i, first, tile, end < tile_end ? end : tile_end);
-    first = tile = end;
-  }
+inline Parts run_parts(const Parts& parts, Update<Rule, T>* with) {
+  if (!with->fits(parts)) with->find(*parts.launch, parts.segment);
+  return with->loop(parts, *with);
 }
 
 template <class Rule>
 void run_rule(const Launch& launch, int64_t tile, int64_t tile_end) {
   Update<Rule, float> in_float;
   Update<Rule, double> in_double;
-  for_each_part(launch, tile, tile_end, [&](int64_t i, int64_t first, int64_t tile, int64_t last) {
-    const Segment& segment = launch.segments[i];
-    const int64_t begin = (tile - first) * kTile;
-    const int64_t whole = (last - first) * kTile;
-    const int64_t end = whole < segment.numel ? whole : segment.numel;
-    if (segment.dtype[0] == DType::f64)
-      run_segment(launch, i, begin, end, &in_double);
-    else
-      run_segment(launch, i, begin, end, &in_float);
-  });
+  for (Parts parts(launch, tile, tile_end); parts.any();)
+    parts = parts.here().dtype[0] == DType::f64 ? run_parts(parts, &in_double)
+                                                : run_parts(parts, &in_float);
 }
 
 void run_tiles_here(const Launch& launch, int64_t tile, int64_t tile_end) {
