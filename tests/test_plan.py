@@ -195,3 +195,17 @@ def test_only_the_given_parameters_are_stepped(rule, backend):
         parts.opt.step_params(order[3:])
         assert [p._version - v for p, v in zip(order, versions, strict=True)] == [1] * 6
     assert not differing(whole, parts)
+
+
+@compiled
+def test_the_version_counter_is_that_of_the_tensor_that_the_parameter_is_by_now(backend):
+    run = start(VARIANTS["sgd"], backend)
+    set_grads(run, 0)
+    run.opt.step()
+    param = run.params[1]
+    other = torch.nn.Parameter(param.detach().clone())
+    other.grad = param.grad
+    torch.utils.swap_tensors(param, other)
+    versions = param._version, other._version
+    run.opt.step()
+    assert (param._version, other._version) == (versions[0] + 1, versions[1])
