@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .graphs import is_capturing
 from .rules import Rule
 
 
@@ -21,7 +22,7 @@ class Question(NamedTuple):
 
     def is_answered(self) -> bool:
         """Whether the numbers are on the host; while a graph is captured nobody may ask."""
-        return self.arrived is None or (not _is_capturing(self.device) and self.arrived.query())
+        return self.arrived is None or (not is_capturing(self.device) and self.arrived.query())
 
 
 class Watch:
@@ -60,7 +61,7 @@ class Watch:
                 device = next(tensor.device for tensor in kept if tensor is not None)
                 members.setdefault(device, []).append(position)
         for device, positions in members.items():
-            if not _is_capturing(device):  # what is captured runs later, and at every replay
+            if not is_capturing(device):  # what is captured runs later, and at every replay
                 self._questions.append(self._question(device, positions))
 
     def _question(self, device: torch.device, positions: list[int]) -> Question:
@@ -76,10 +77,3 @@ class Watch:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(device))
         return Question(device, arrived, positions, kept, hyper, numbers)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()

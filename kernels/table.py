@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..graphs import is_capturing
 from .sums import TILE
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is started on the device now becomes part of a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:

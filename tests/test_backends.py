@@ -216,7 +216,7 @@ def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch):
     numbers = torch.tensor([good, waiting])
     watching._questions = [Question(device, event, [4, 7], [kept] * 2, [hyper] * 2, numbers)]
     for capturing, expected in ((True, []), (False, [1])):
-        monkeypatch.setattr(watch, "_is_capturing", lambda of, now=capturing: now and of == device)
+        monkeypatch.setattr(watch, "is_capturing", lambda of, now=capturing: now and of == device)
         assert watching.measures()
         assert asked == expected
     assert settled == [(4, kept)]
