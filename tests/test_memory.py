@@ -168,6 +168,20 @@ def test_a_gradient_in_a_part_of_its_parameter_is_an_error(backend):
     assert not optimizer.state
 
 
+@backends
+def test_a_gradient_that_comes_to_lie_in_its_parameter_is_an_error(backend):
+    buffer = torch.ones(16)
+    p = Parameter(buffer[:8])
+    optimizer = FusedSGD([p], lr=0.5, backend=backend)
+    p.grad = torch.ones(8)
+    optimizer.step()
+    p.grad = buffer[4:12]
+    before = buffer.clone()
+    with pytest.raises(RuntimeError, match=r"\.grad shares a part of its parameter's memory"):
+        optimizer.step()
+    assert torch.equal(buffer, before)
+
+
 @subjects
 def test_a_gradient_that_is_its_parameter_is_none(cls, kwargs):
     tensors = []
@@ -177,6 +191,42 @@ def test_a_gradient_that_is_its_parameter_is_none(cls, kwargs):
         cls([p], **kwargs).step()
         tensors.append(p)
     assert torch.equal(*tensors)
+
+
+# --- exchanged -----------------------------------------------------------------------------------
+
+
+@backends
+def test_a_parameter_that_is_larger_by_now_is_updated_whole(backend):
+    p = Parameter(torch.ones(8))
+    optimizer = FusedSGD([p], lr=0.5, backend=backend)  # without states, whose sizes would tell
+    for size in (8, 12, 4):
+        p.data, p.grad = torch.ones(size), None
+        p.grad = torch.ones(size)
+        optimizer.step()
+        assert p.tolist() == [0.5] * size
+
+
+@backends
+def test_a_gradient_that_is_lazily_conjugated_by_now_is_read_as_it_is(backend):
+    p = Parameter(torch.zeros(8, dtype=torch.complex64))
+    optimizer = FusedSGD([p], lr=1.0, backend=backend)
+    p.grad = torch.full((8,), 1j)
+    optimizer.step()
+    p.grad = p.grad.conj()  # the same memory
+    optimizer.step()
+    assert p.tolist() == [0j] * 8
+
+
+@backends
+def test_a_parameter_that_is_lazily_conjugated_by_now_is_an_error(backend):
+    p = Parameter(torch.zeros(8, dtype=torch.complex64))
+    optimizer = FusedSGD([p], lr=1.0, backend=backend)
+    p.grad = torch.full((8,), 1j)
+    optimizer.step()
+    p.data = p.data.conj()
+    with pytest.raises(TypeError, match="lazily conjugated"):
+        optimizer.step()
 
 
 # --- a step that fails ---------------------------------------------------------------------------
