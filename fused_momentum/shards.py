@@ -100,9 +100,11 @@ def like(param: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def spread(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which every process has, sharded as ``param`` is; others as they are."""
-    if not is_sharded(param) or is_sharded(tensor):
+    """A whole tensor, which every process has, or a sharded one, placed as ``param`` is."""
+    if not is_sharded(param):
         return tensor
+    if is_sharded(tensor):
+        return tensor.redistribute(param.device_mesh, param.placements)
     from torch.distributed.tensor import distribute_tensor
 
     # None: every process takes its part of what it has, nothing is sent.

@@ -157,3 +157,16 @@ def test_bad_parameters_of_a_new_group(cls):
         with pytest.raises(kind):
             optimizer.add_param_group({"params": params})
     assert [group["params"] for group in optimizer.param_groups] == [[first]]
+
+
+@OURS
+def test_groups_may_be_given_generators(cls):
+    first, second = _param(3), _param(2)
+    optimizer = cls([{"params": (p for p in [first])}], lr=0.1)
+    optimizer.add_param_group({"params": (p for p in [second])})
+    assert [group["params"] for group in optimizer.param_groups] == [[first], [second]]
+
+
+def test_two_numbers_for_one_are_an_error():
+    with pytest.raises(TypeError, match=r"weight_decay is tensor.* \(Tensor\); needed: a number"):
+        FusedSGD([_param(3)], lr=0.1, weight_decay=torch.ones(2))

@@ -155,3 +155,20 @@ def test_velocities_of_parameters_have_their_form():
         mine = [v for v in velocities if v.dtype == TYPES[key].param]
         assert len({v.untyped_storage().data_ptr() for v in mine}) == 1
         _assert_one_range(mine)
+
+
+@backends
+def test_gradients_that_move_are_flat_again_and_parameters_stay(backend):
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizer = fused_momentum.FusedSGD(params, lr=0.1, flatten="grads", backend=backend)
+    addresses = set()
+    for fresh in (True, False, False, False, True):
+        others = []
+        for p in params if fresh else ():
+            p.grad = torch.ones(5)
+            others.append(torch.ones(100))  # so that the gradients do not lie side by side
+        optimizer.step()
+        begin, end = sorted(p.grad.data_ptr() for p in params)
+        assert end - begin == ALIGNMENT
+        addresses.add(tuple(p.data_ptr() for p in params))
+    assert len(addresses) == 1

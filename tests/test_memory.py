@@ -66,9 +66,9 @@ def test_states_that_were_away_between_steps_change_nothing(cls, kwargs):
 
 
 @pytest.mark.parametrize("what", ["param", "grad", "state"])
-@needs_extension
-def test_memory_that_was_given_back_is_an_error(what):
-    p, optimizer = stepped("cpu")
+@backends
+def test_memory_that_was_given_back_is_an_error(what, backend):
+    p, optimizer = stepped(backend)
     buffer = torch.zeros(8)
     optimizer.state[p]["momentum_buffer"] = buffer
     optimizer.step()
@@ -180,6 +180,31 @@ def test_a_gradient_that_comes_to_lie_in_its_parameter_is_an_error(backend):
     with pytest.raises(RuntimeError, match=r"\.grad shares a part of its parameter's memory"):
         optimizer.step()
     assert torch.equal(buffer, before)
+
+
+@backends
+def test_a_gradient_may_lie_between_the_elements_of_its_parameter(backend):
+    buffer = torch.ones(20)
+    p = Parameter(buffer[::2])
+    p.grad = buffer[1::2]
+    FusedSGD([p], lr=0.5, backend=backend).step()
+    assert buffer.tolist() == [0.5, 1.0] * 10
+
+
+@backends
+def test_an_expanded_gradient_is_read(backend):
+    p = Parameter(torch.ones(4))
+    p.grad = torch.ones(1).expand(4)
+    FusedSGD([p], lr=0.5, backend=backend).step()
+    assert p.tolist() == [0.5] * 4
+
+
+@backends
+def test_a_gradient_that_is_its_parameter_transposed_is_an_error(backend):
+    p = Parameter(torch.arange(9.0).view(3, 3))
+    p.grad = p.detach().t()
+    with pytest.raises(RuntimeError, match="shares a part of its parameter's memory"):
+        FusedSGD([p], lr=0.5, backend=backend).step()
 
 
 @subjects

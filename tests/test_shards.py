@@ -1,4 +1,4 @@
-"""Sharded parameters (DTensor): the cases of shard_cases.py, in two processes at once."""
+"""Sharded parameters (DTensor): the cases of shard_cases*.py, in two processes at once."""
 
 import os
 import traceback
@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own imports
+    import shard_cases_moved  # noqa: F401  (registers its cases)
     from shard_cases import CASES, init_device_mesh
 
 WORLD = 2

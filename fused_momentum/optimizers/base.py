@@ -206,7 +206,8 @@ class FusedOptimizer(Optimizer):
         parameter at another address. ``flatten="grads"`` does the same to the gradients. Sharded
         parameters (DTensor) stay where they are.
         """
-        self._flat_params = flat.Home.of(self._movable(), "data")
+        if not self._flat_params.holds(self._movable()):
+            self._flat_params = flat.Home.of(self._movable(), "data")
         if self._options.flatten == "grads":
             with_grad = [p for p in self._movable() if p.grad is not None]
             self._flat_grads = flat.Home.of(with_grad, "grad")
