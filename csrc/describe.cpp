@@ -1,5 +1,6 @@
 // From torch tensors to a segment: what may be updated, and the error for what may not.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SparseCsrTensorUtils.h>
 #include <torch/csrc/DynamicTypes.h>
 
 #include "layout.h"
@@ -20,7 +21,8 @@ std::string dtype_name(const at::Tensor& tensor) {
 }
 
 void check_stream(const std::string& name, const at::Tensor& param, const at::Tensor& tensor) {
-  TORCH_CHECK(!tensor.is_sparse() && !tensor.is_sparse_csr(), name,
+  const bool is_sparse = tensor.is_sparse() || at::sparse_csr::is_sparse_compressed(tensor);
+  TORCH_CHECK(!is_sparse, name,
               " is sparse; sparse gradients are not supported (make it dense with .to_dense())");
   TORCH_CHECK_TYPE(
       !tensor.is_nested(), name,

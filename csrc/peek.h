@@ -57,10 +57,11 @@ inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written)
   return data ? static_cast<char*>(data) + impl->storage_offset() * itemsize : nullptr;
 }
 
-// False for a nested tensor, which has no sizes, and for a subclass that Python must be asked
-// about: threads without the GIL may not.
+// False for a nested or compressed tensor, which lacks sizes or strides, and for a subclass that
+// Python must be asked about: threads without the GIL may not.
 inline bool has_sizes(const c10::TensorImpl* impl) {
-  constexpr c10::DispatchKeySet others({c10::DispatchKey::NestedTensor, c10::DispatchKey::Python});
+  constexpr c10::DispatchKeySet others(
+      {c10::DispatchKey::NestedTensor, c10::DispatchKey::SparseCsr, c10::DispatchKey::Python});
   return !impl->key_set().has_any(others);
 }
 

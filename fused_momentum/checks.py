@@ -12,17 +12,26 @@ DTYPES = (
     torch.complex64,
     torch.complex128,
 )
+SPARSE = (
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
 
 
 def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
     """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
-    if tensor.is_sparse or tensor.layout in (torch.sparse_csr, torch.sparse_csc):
+    if tensor.layout in SPARSE:
         raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
     if tensor.is_nested:
         raise TypeError(
             f"{name} is a nested tensor; these are not supported (optimize the dense parameters "
             "behind it)"
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; needed: torch.strided")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
     if tensor.device != param.device:

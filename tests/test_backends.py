@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +21,7 @@ from cases import (
 from torch.nn import Parameter
 
 import fused_momentum
-from fused_momentum import native, reference, watch
+from fused_momentum import graphs, native, reference, watch
 from fused_momentum.backends import PREFERENCE, backends, check_request, choose
 from fused_momentum.plan import _device_types
 from fused_momentum.rules import RULES
@@ -235,3 +235,55 @@ def test_each_device_is_asked_for_its_own_numbers():
         ("cpu", [0, 5]),
         ("meta", [3]),
     ]
+
+
+def test_nobody_asks_twice(monkeypatch):
+    number = torch.ones(())
+    walk = SimpleNamespace(unsettled=lambda: [0], kept=lambda k: ([number] * 3, [0.0] * 6))
+    for capturing in (False, True):
+        monkeypatch.setattr(watch, "is_capturing", lambda device, now=capturing: now)
+        watching = Watch(RULES["sgd_sai"], walk)
+        watching.ask()
+        watching.ask()
+        assert len(watching._questions) == (0 if capturing else 1)
+
+
+def test_the_stream_that_may_be_captured_is_that_of_the_device(monkeypatch):
+    current = []
+
+    @contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [1])
+    capturing = [graphs.is_capturing(torch.device("cuda", index)) for index in (0, 1)]
+    assert capturing == [False, True]
+
+
+def test_the_interpreter_takes_no_cuda_tensors(monkeypatch):
+    module = importlib.import_module("fused_momentum.backends")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(module, "_cuda", lambda: (False, "not for this test"))
+    assert choose("auto", "cuda").name == "reference"
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="its reasons")
+@pytest.mark.parametrize("built", [False, True])
+def test_cuda_kernels_that_cannot_run_say_why(monkeypatch, built):
+    def refuse():
+        raise RuntimeError("no driver today")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(native.load()[0], "cuda_devices", refuse)
+    (row,) = [row for row in backends() if row.name == "cuda"]
+    expected = "no driver today" if built else "this torch is built without CUDA"
+    assert (row.available, row.reason) == (False, expected)
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="its rules")
+def test_a_rule_that_the_extension_lacks():
+    with pytest.raises(RuntimeError, match=r"has no rule 'newer', only \['sgd'"):
+        native.rule_number("newer")

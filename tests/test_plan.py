@@ -1,6 +1,7 @@
 """The plan is cached between steps, and notices whatever changed in between."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -209,3 +210,16 @@ def test_the_version_counter_is_that_of_the_tensor_that_the_parameter_is_by_now(
     versions = param._version, other._version
     run.opt.step()
     assert (param._version, other._version) == (versions[0] + 1, versions[1])
+
+
+def test_a_walk_beside_another_is_not_alone():
+    made = plan.Plan(FusedSGD.rule, "auto", None)
+    for kind in ("xpu", "cpu"):
+        made._take(kind, [])
+    assert made._alone is None
+
+
+def test_the_gradient_multiplier_is_a_float32():
+    third = torch.tensor(1 / 3, dtype=torch.float32).item()
+    assert plan.Amp(torch.tensor(3.0)).grad_multiplier() == third
+    assert plan.Amp(torch.tensor(0.0)).grad_multiplier() == math.inf

@@ -122,3 +122,12 @@ def test_what_cannot_be_measured_is_named(given, kind, message):
         given = {"p": p}
     with pytest.raises(kind, match=message):
         fm.gsnr(given)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_scale_beyond_float32_is_infinite(backend):
+    p = Parameter(torch.ones(1))
+    p.grad = torch.full((1,), 1e35)
+    optimizer = fm.FusedSGDSaI([p], degenerate="official", backend=backend)
+    optimizer.step()
+    assert optimizer.state[p]["gsnr"] == math.inf

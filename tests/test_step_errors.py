@@ -218,6 +218,26 @@ def test_a_nested_parameter(cls, backend, steps, layout):
     assert torch.equal(good, before)
 
 
+NOT_STRIDED = {
+    "csr": (lambda t: t.to_sparse_csr(), RuntimeError, "is sparse"),
+    "csc": (lambda t: t.to_sparse_csc(), RuntimeError, "is sparse"),
+    "bsr": (lambda t: t.to_sparse_bsr((2, 2)), RuntimeError, "is sparse"),
+    "bsc": (lambda t: t.to_sparse_bsc((2, 2)), RuntimeError, "is sparse"),
+    "mkldnn": (lambda t: t.to_mkldnn(), TypeError, "has layout .*needed: torch.strided"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("layout", NOT_STRIDED)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_parameter_that_is_not_strided(layout, backend):
+    make, error, message = NOT_STRIDED[layout]
+    p = Parameter(make(torch.ones(4, 4)))
+    p.grad = make(torch.ones(4, 4))
+    with pytest.raises(error, match=rf"\['params'\]\[0\] {message}"):
+        FusedSGD([p], lr=0.1, backend=backend).step()
+
+
 @OURS
 @backends
 @pytest.mark.parametrize("swap", [False, True], ids=["new_parameters", "swapped_in_place"])

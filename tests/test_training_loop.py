@@ -312,3 +312,30 @@ def test_nag_moves_to_the_iterate_and_back_by_one_rounding_each(dtype, state_dty
     assert torch.equal(p, iterate)
     opt.train()
     assert torch.equal(p, (iterate.float() + velocity * CLASSICAL["momentum"]).to(dtype))
+
+
+def nag_after_a_step():
+    p = Parameter(torch.ones(3))
+    optimizer = FusedNAG([p], lr=0.5, momentum=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.25
+    return p, optimizer
+
+
+def test_nag_without_a_gradient_looks_ahead_with_the_new_momentum():
+    p, optimizer = nag_after_a_step()
+    velocity, ahead = optimizer.state[p]["velocity"].clone(), p.detach().clone()
+    p.grad = None
+    optimizer.step()
+    assert torch.equal(p, ahead - 0.25 * velocity)
+
+
+def test_nag_stays_where_it_is_when_told_twice():
+    p, optimizer = nag_after_a_step()
+    for move in (optimizer.train, optimizer.eval):
+        move()
+        before, version = p.detach().clone(), p._version
+        move()
+        assert (p._version, optimizer.param_groups[0]["momentum"]) == (version, 0.25)
+        assert torch.equal(p, before)

@@ -301,3 +301,34 @@ def test_a_float64_is_rounded_to_a_half_by_way_of_float32(driver, monkeypatch):
     found = re.findall(r"cvt\.\S*f16\S*", compiled().asm["ptx"])
     assert any(".f16x2.f32" in op or ".f16.f32" in op for op in found), found
     assert not any(".f16.f64" in op for op in found), found
+
+
+def test_another_stream_has_tables_of_its_own(monkeypatch):
+    """What the last stream reads from the old ones is not overwritten."""
+    table, stream = kernels.Table(torch.device("cuda", 0), (F32,) * 3), [7]
+    monkeypatch.setattr(kernels.table, "is_capturing", lambda device: False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0], raising=False
+    )
+    for now, kept in ((7, False), (7, True), (8, False)):
+        stream[0] = now
+        table._follow_stream()
+        assert ("hyper" in table._device, "hyper" in table._host) == (kept, kept)
+        table._device["hyper"] = table._host["hyper"] = torch.ones(1)
+
+
+def test_a_learning_rate_that_is_on_the_host_again():
+    table = table_of(RULES["sgd"])
+    hyper = torch.ones(1, len(RULES["sgd"].hyper) + 1, dtype=F64)
+    table.set_hyper(hyper, torch.tensor([4096]))
+    table.set_hyper(hyper)
+    assert table.get("device_lr") == [None]
+
+
+def test_hyper_parameters_that_are_on_the_host_again(monkeypatch):
+    monkeypatch.setattr(kernels.table, "pinned", lambda table, device: table)
+    table = kernels.Table(torch.device("meta"), (F32,) * 3)
+    host, there = torch.ones(1, 6, dtype=F64), torch.ones(1, 6, dtype=F64, device="meta")
+    for hyper in (host, there, host):
+        table.set_hyper(hyper)
+        assert (table.get("hyper")[0] is there) == (hyper is there)

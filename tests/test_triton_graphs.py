@@ -4,6 +4,9 @@ The kernels run in Triton's interpreter. While the stand-in captures, launches a
 written down and nothing runs; memory that only an upload would fill holds nonsense until a replay.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from cases import EXTENSION
@@ -190,3 +193,25 @@ def test_which_learning_rates_are_read_on_the_device(extension):
     walk.read(*step)
     assert walk.device_lr().tolist() == [single.data_ptr(), double.data_ptr() + 1, 0, 0, 0]
     assert walk.hyper()[:, 0].tolist() == [0.0, 0.0, 0.125, 0.5, 0.5]
+
+
+def check_kept(moves):
+    pair = Pair("sgd", torch.float32, torch.tensor(0.1))
+    grads = pair.started()
+    pair.set(new_grads(pair.ours, 2) if moves else grads)
+    graph = Graph(pair.optimizer.step)
+    (((_, _, _, arguments, *_), _),) = graph.launches
+    read = [weakref.ref(t) for t in arguments if isinstance(t, torch.Tensor)]
+    read += [weakref.ref(source) for _, source in graph.copies]
+    del graph, arguments
+    for seed in (3, 4):
+        pair.eager(new_grads(pair.ours, seed))
+    gc.collect()
+    assert len(read) > 4
+    assert all(ref() is not None for ref in read)
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["new-grads", "same-grads"])
+def test_what_a_graph_reads_stays(moves, interpreted):
+    """Whatever steps come after the capture."""
+    interpreted(check_kept, moves)

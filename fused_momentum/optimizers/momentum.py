@@ -6,7 +6,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..rules import RULES
-from .arguments import check_lr, check_no_torch_form, sgd_keywords
+from .arguments import check_no_torch_form, sgd_keywords
 from .base import FusedOptimizer
 
 
@@ -66,7 +66,6 @@ class FusedMomentum(FusedOptimizer):
         flatten: bool | str = False,
         backend: str = "auto",
     ):
-        check_lr(lr)
         defaults = {
             "lr": lr,
             "momentum": momentum,

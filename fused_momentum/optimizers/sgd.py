@@ -6,7 +6,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..rules import RULES
-from .arguments import check_lr, sgd_keywords
+from .arguments import sgd_keywords
 from .base import FusedOptimizer
 
 
@@ -85,7 +85,6 @@ class FusedSGD(FusedOptimizer):
         flatten: bool | str = False,
         backend: str = "auto",
     ):
-        check_lr(lr)
         defaults = {
             "lr": lr,
             "momentum": momentum,

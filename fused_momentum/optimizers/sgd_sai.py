@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import shards
 from ..rules import RULES
-from .arguments import check_lr, check_no_torch_form, sgd_keywords
+from .arguments import check_no_torch_form, sgd_keywords
 from .base import FusedOptimizer
 
 
@@ -103,7 +103,6 @@ class FusedSGDSaI(FusedOptimizer):
         flatten: bool | str = False,
         backend: str = "auto",
     ):
-        check_lr(lr)
         defaults = {
             "lr": lr,
             "momentum": momentum,
