@@ -74,7 +74,7 @@ class Plan {
   std::optional<Todo> read(const py::list& groups, const py::dict& state,
                            const std::optional<py::list>& subset, double grad_multiplier,
                            const std::vector<int64_t>& first);
-  // What was read is no longer needed; no tensor of it takes its first step.
+  // The step is over, or has failed: what was read is no longer needed, and nothing is first.
   void abandon();
 
   // Whether any tensor of this step may have something to measure.

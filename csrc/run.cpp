@@ -164,13 +164,6 @@ void Plan::finish() {
   for (const auto& [position, part] : sharded_)
     if (!part.is_inference()) part.unsafeGetTensorImpl()->bump_version();
   let_go();
-  if (!begins_) return;
-  for_each_chosen([&](int64_t position) {
-    if (entries_[position].key != 0) segments_[position].first = false;
-  });
-  begins_ =
-      std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.first; });
-  generation_++;
 }
 
 std::vector<Batch> Plan::batches() const {
