@@ -20,7 +20,7 @@ from cases import (
 from events import EVENTS, SOME, assert_untouched, set_grads, start, with_copies
 from torch.nn import Parameter
 
-from fused_momentum import FusedSGD, plan
+from fused_momentum import FusedAutoSGM, FusedSGD, plan
 
 # --- what is noticed between steps -----------------------------------------------------------
 
@@ -223,3 +223,30 @@ def test_the_gradient_multiplier_is_a_float32():
     third = torch.tensor(1 / 3, dtype=torch.float32).item()
     assert plan.Amp(torch.tensor(3.0)).grad_multiplier() == third
     assert plan.Amp(torch.tensor(0.0)).grad_multiplier() == math.inf
+
+
+def test_a_row_is_of_one_group_and_one_step():
+    """Of FusedAutoSGM, in which a tensor's numbers depend on how many steps it has taken."""
+    ended = []
+    for backend in ("cpu", "reference"):
+        params = [Parameter(torch.linspace(-1, 1, 8)) for _ in range(4)]
+        groups = [{"params": params[:2], "lr": 1e-2}, {"params": params[2:], "lr": 1e-1}]
+        optimizer = FusedAutoSGM(groups, backend=backend)
+        for step in range(3):
+            for i, p in enumerate(params):
+                late = step == 1 and i == 3
+                p.grad = None if late else torch.linspace(-1, 2, 8) * (step + 1)
+            optimizer.step()
+        ended.append([bits(p) for p in params])
+    assert all(map(torch.equal, *ended))
+
+
+@pytest.mark.parametrize("step", [torch.ones(2), torch.ones((), dtype=torch.float64)], ids=str)
+def test_a_step_that_is_no_float32_of_one_element(step):
+    p = Parameter(torch.ones(8))
+    optimizer = FusedAutoSGM([p], lr=0.1, backend="cpu")
+    p.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[p]["step"] = step
+    with pytest.raises(TypeError, match=r"\['params'\]\[0\]: its state 'step' must be a float32"):
+        optimizer.step()
