@@ -49,7 +49,8 @@ void check_memory(const std::string& name, const at::Tensor& param, const at::Te
               " has elements that share memory (an expanded tensor); give it memory of its own");
   TORCH_CHECK(at::get_overlap_status(param, tensor) != at::MemOverlapStatus::Partial, name,
               " shares a part of its parameter's memory; give it memory of its own");
-  TORCH_CHECK(tensor.const_data_ptr() != nullptr, name,
+  // Not of the tensor: with a storage offset nothing is at an address that is not null.
+  TORCH_CHECK(tensor.storage().data() != nullptr, name,
               " has no memory: its storage has been given back");
 }
 

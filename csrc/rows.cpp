@@ -92,11 +92,11 @@ int64_t Plan::read_step(int64_t position) {
   PyObject* found = entries_[position].state;
   if (found != nullptr) found = PyDict_GetItemWithError(found, step_key_.ptr());
   steps_[position] = py::object();
-  if (found == nullptr || !THPVariable_Check(found)) return 1;
-  const at::Tensor& step = THPVariable_Unpack(found);
-  TORCH_CHECK_TYPE(step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,
-                   name_of(position),
-                   ": its state 'step' must be a float32 CPU tensor of one element");
+  if (found == nullptr || found == Py_None) return 1;
+  const at::Tensor step = THPVariable_Check(found) ? THPVariable_Unpack(found) : at::Tensor();
+  TORCH_CHECK_TYPE(
+      step.defined() && step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,
+      name_of(position), ": its state 'step' must be a float32 CPU tensor of one element");
   steps_[position] = py::reinterpret_borrow<py::object>(found);
   return int64_t(*step.const_data_ptr<float>()) + 1;
 }

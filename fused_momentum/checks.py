@@ -69,6 +69,17 @@ def check_param(name: str, param: object) -> None:
     check_memory(name, param, param, written=True)
 
 
+def check_step(name: str, step: object) -> None:
+    """Raise where the number of steps cannot be counted in ``step``; as csrc/rows.cpp."""
+    if not (
+        isinstance(step, torch.Tensor)
+        and step.device.type == "cpu"
+        and step.dtype == torch.float32
+        and step.numel() == 1
+    ):
+        raise TypeError(f"{name}: its state 'step' must be a float32 CPU tensor of one element")
+
+
 def check_memory(name: str, tensor: torch.Tensor, param: torch.Tensor, *, written: bool) -> None:
     """Raise where a tensor's memory is not there, or not its own; as csrc/describe.cpp."""
     if tensor.numel() == 0 or tensor.is_meta:

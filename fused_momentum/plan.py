@@ -257,7 +257,7 @@ class Plan:
             lacks = [s for s in entries if not isinstance(held.get(s.name), torch.Tensor)]
             begin.append(len(lacks) == len(entries) or any(isinstance(s, State) for s in lacks))
             lacking += [(param, s.name) for s in lacks]
-            if self.rule.read is not None and STEP not in held:
+            if self.rule.read is not None and held.get(STEP) is None:
                 lacking.append((param, STEP))
         made += lacking
         make_states(self.rule, lacking, state, self._dtype)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import reference, shards
-from .checks import check_memory, check_param, check_tensor, number_of
+from .checks import check_memory, check_param, check_step, check_tensor, number_of
 from .rules import Kept, Rule, State
 
 
@@ -133,8 +133,10 @@ class Walk:
     ) -> Item:
         """Read one tensor that takes part, and what is held of its states."""
         param, i = self._params[position]
-        held = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
         step = held.get("step") if self._rule.read is not None else None
+        if step is not None:
+            check_step(name, step)
+        held = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
         row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
         names = [s.name for s in needed(self._rule, self._hyper[row])]
         states = [held.get(s.name) if s.name in names else None for s in self._rule.states]

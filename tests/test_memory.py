@@ -65,11 +65,13 @@ def test_states_that_were_away_between_steps_change_nothing(cls, kwargs):
 # --- given back ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("what", ["param", "grad", "state"])
 @backends
-def test_memory_that_was_given_back_is_an_error(what, backend):
+def test_memory_that_was_given_back_is_an_error(what, backend, offset):
     p, optimizer = stepped(backend)
-    buffer = torch.zeros(8)
+    p.data, p.grad = torch.ones(8 + offset)[offset:], torch.ones(8 + offset)[offset:]
+    buffer = torch.zeros(8 + offset)[offset:]
     optimizer.state[p]["momentum_buffer"] = buffer
     optimizer.step()
     named = {"param": p, "grad": p.grad, "state": buffer}

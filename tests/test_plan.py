@@ -241,12 +241,21 @@ def test_a_row_is_of_one_group_and_one_step():
     assert all(map(torch.equal, *ended))
 
 
-@pytest.mark.parametrize("step", [torch.ones(2), torch.ones((), dtype=torch.float64)], ids=str)
-def test_a_step_that_is_no_float32_of_one_element(step):
+BAD_STEPS = {"two": torch.ones(2), "double": torch.ones((), dtype=torch.float64), "int": 1}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("step", BAD_STEPS)
+def test_a_step_that_cannot_be_counted_is_an_error(step, backend):
     p = Parameter(torch.ones(8))
-    optimizer = FusedAutoSGM([p], lr=0.1, backend="cpu")
+    optimizer = FusedAutoSGM([p], lr=0.1, backend=backend)
     p.grad = torch.ones(8)
     optimizer.step()
-    optimizer.state[p]["step"] = step
+    before = p.detach().clone()
+    optimizer.state[p]["step"] = BAD_STEPS[step]
     with pytest.raises(TypeError, match=r"\['params'\]\[0\]: its state 'step' must be a float32"):
         optimizer.step()
+    assert torch.equal(p, before) and optimizer.state[p]["step"] is BAD_STEPS[step]
+    optimizer.state[p]["step"] = None  # is none
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 1.0
