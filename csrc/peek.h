@@ -1,6 +1,7 @@
 // What the plan looks at in torch's tensors and Python's dicts at every step, without calls.
 #pragma once
 
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <cstring>
@@ -50,11 +51,13 @@ inline bool is_same(const c10::VariableVersion& a, const c10::VariableVersion& b
   return std::memcmp(&a, &b, sizeof a) == 0;
 }
 
-// Where the elements of a strided tensor begin; nullptr: its memory has been given back.
+// Where the elements of a strided tensor begin; nullptr: its memory has been given back, or is to be
+// written and shared with a lazy clone, which torch parts from it only outside parallel regions.
 inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
-  c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
-  return data ? static_cast<char*>(data) + impl->storage_offset() * itemsize : nullptr;
+  const at::DataPtr& memory = impl->unsafe_storage().unsafeGetStorageImpl()->data_ptr();
+  if (written && memory.get_deleter() == c10::impl::cow::cow_deleter) return nullptr;
+  char* const data = static_cast<char*>(memory.get());
+  return data ? data + impl->storage_offset() * itemsize : nullptr;
 }
 
 // False for a nested or compressed tensor, which lacks sizes or strides, and for a subclass that

@@ -209,6 +209,30 @@ def test_a_gradient_that_is_its_parameter_transposed_is_an_error(backend):
         FusedSGD([p], lr=0.5, backend=backend).step()
 
 
+@pytest.mark.parametrize("what", ["param", "state"])
+@backends
+def test_a_lazy_clone_keeps_its_values(backend, what):
+    """Copied on write: it shares its memory until one of the two is written."""
+    p, optimizer = stepped(backend)
+    buffer = optimizer.state[p]["momentum_buffer"] = torch.ones(8)
+    optimizer.step()
+    clone = torch._lazy_clone({"param": p.detach(), "state": buffer}[what])
+    before = clone.clone()
+    for _ in range(2):
+        optimizer.step()
+    twin, _ = stepped("reference", steps=4)
+    assert torch.equal(p, twin) and torch.equal(clone, before)
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="the reference asks for addresses in Python")
+def test_a_lazily_cloned_gradient_is_not_copied():
+    p, optimizer = stepped("cpu")
+    p.grad = torch._lazy_clone(torch.ones(8))
+    optimizer.step()
+    optimizer.step()
+    assert torch._C._is_cow_tensor(p.grad)
+
+
 @subjects
 def test_a_gradient_that_is_its_parameter_is_none(cls, kwargs):
     tensors = []
