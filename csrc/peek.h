@@ -51,8 +51,8 @@ inline bool is_same(const c10::VariableVersion& a, const c10::VariableVersion& b
   return std::memcmp(&a, &b, sizeof a) == 0;
 }
 
-// Where the elements of a strided tensor begin; nullptr: its memory has been given back, or is to be
-// written and shared with a lazy clone, which torch parts from it only outside parallel regions.
+// Where the elements of a strided tensor begin; nullptr: its memory has been given back, or is to
+// be written and shared with a lazy clone, which torch parts from it only outside parallel regions.
 inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
   const at::DataPtr& memory = impl->unsafe_storage().unsafeGetStorageImpl()->data_ptr();
   if (written && memory.get_deleter() == c10::impl::cow::cow_deleter) return nullptr;
