@@ -91,4 +91,16 @@ void describe(const std::string& name, const std::vector<at::Tensor>& streams, S
   }
 }
 
+// Raises where a number (undefined: what is there is no tensor) cannot be kept under `key`.
+void Plan::check_number(int64_t position, const char* key, const at::Tensor& number,
+                        at::ScalarType dtype, at::Device device) const {
+  TORCH_CHECK_TYPE(number.defined() && number.has_storage() && number.numel() == 1 &&
+                       number.scalar_type() == dtype && number.device() == device,
+                   name_of(position), ": its state '", key, "' must be a ",
+                   dtype == at::kDouble ? "torch.float64" : "torch.float32",
+                   " tensor of one element on ", device);
+  TORCH_CHECK(number.storage().data() != nullptr, name_of(position), ": its state '", key,
+              "' has no memory: its storage has been given back");
+}
+
 }  // namespace fused_momentum

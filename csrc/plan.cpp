@@ -280,11 +280,8 @@ void Plan::describe_kept(int64_t position, const at::Tensor& param, Segment* seg
     segment->kept[k] = nullptr;
     if (!found) continue;
     const at::Tensor& number = THPVariable_Unpack(found.ptr());
-    const auto dtype = info_.kept_dtype == DType::f64 ? at::kDouble : at::kFloat;
-    TORCH_CHECK_TYPE(
-        number.numel() == 1 && number.scalar_type() == dtype && number.device() == param.device(),
-        name_of(position), ": its state '", state_keys_[info_.states + k].name, "' must be a ",
-        dtype, " tensor of one element on ", param.device());
+    check_number(position, state_keys_[info_.states + k].name.c_str(), number,
+                 info_.kept_dtype == DType::f64 ? at::kDouble : at::kFloat, param.device());
     segment->kept[k] = number.mutable_data_ptr();
   }
 }

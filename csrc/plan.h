@@ -204,6 +204,8 @@ class Plan {
                       const std::vector<at::Tensor>& parts);
   void prepare(int64_t position, const std::vector<at::Tensor>& streams);
   void describe_kept(int64_t position, const at::Tensor& param, Segment* segment) const;
+  void check_number(int64_t position, const char* key, const at::Tensor& number,
+                    at::ScalarType dtype, at::Device device) const;
   int group_of(int64_t position) const;
   int64_t find(PyObject* param) const;
   std::string name_of(int64_t position) const;

@@ -94,11 +94,9 @@ int64_t Plan::read_step(int64_t position) {
   steps_[position] = py::object();
   if (found == nullptr || found == Py_None) return 1;
   const at::Tensor step = THPVariable_Check(found) ? THPVariable_Unpack(found) : at::Tensor();
-  TORCH_CHECK_TYPE(
-      step.defined() && step.is_cpu() && step.scalar_type() == at::kFloat && step.numel() == 1,
-      name_of(position), ": its state 'step' must be a float32 CPU tensor of one element");
+  check_number(position, "step", step, at::kFloat, at::kCPU);
   steps_[position] = py::reinterpret_borrow<py::object>(found);
-  return int64_t(*step.const_data_ptr<float>()) + 1;
+  return int64_t(*step.mutable_data_ptr<float>()) + 1;  // finish() writes it
 }
 
 int Plan::row_of(int group, int64_t t) {

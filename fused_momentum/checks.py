@@ -69,15 +69,23 @@ def check_param(name: str, param: object) -> None:
     check_memory(name, param, param, written=True)
 
 
-def check_step(name: str, step: object) -> None:
-    """Raise where the number of steps cannot be counted in ``step``; as csrc/rows.cpp."""
+def check_number(name: str, key: str, number: object, dtype: str, device: torch.device) -> None:
+    """Raise where a number cannot be kept under ``key``; as csrc/describe.cpp."""
+    wanted = getattr(torch, dtype)
     if not (
-        isinstance(step, torch.Tensor)
-        and step.device.type == "cpu"
-        and step.dtype == torch.float32
-        and step.numel() == 1
+        isinstance(number, torch.Tensor)
+        and number.layout == torch.strided
+        and number.numel() == 1
+        and number.dtype == wanted
+        and number.device == device
     ):
-        raise TypeError(f"{name}: its state 'step' must be a float32 CPU tensor of one element")
+        raise TypeError(
+            f"{name}: its state {key!r} must be a {wanted} tensor of one element on {device}"
+        )
+    if not number.is_meta and number.untyped_storage().data_ptr() == 0:
+        raise RuntimeError(
+            f"{name}: its state {key!r} has no memory: its storage has been given back"
+        )
 
 
 def check_memory(name: str, tensor: torch.Tensor, param: torch.Tensor, *, written: bool) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from . import collective, native, shards
 from .backends import PREFERENCE, choose
-from .rules import Rule, State
-from .states import STEP, make_states
+from .rules import STEP, Rule, State
+from .states import make_states
 from .walk import Walk, hyper_of, needed
 from .watch import Watch
 

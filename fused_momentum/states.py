@@ -7,9 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from . import flat, reference, shards
-from .rules import Kept, Rule
-
-STEP = "step"
+from .rules import STEP, Kept, Rule
 
 
 def state_dtype(param: torch.Tensor, requested: torch.dtype | None) -> torch.dtype:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from . import reference, shards
-from .checks import check_memory, check_param, check_step, check_tensor, number_of
-from .rules import Kept, Rule, State
+from .checks import check_memory, check_number, check_param, check_tensor, number_of
+from .rules import STEP, Kept, Rule, State
 
 
 class Todo(NamedTuple):
@@ -133,9 +133,9 @@ class Walk:
     ) -> Item:
         """Read one tensor that takes part, and what is held of its states."""
         param, i = self._params[position]
-        step = held.get("step") if self._rule.read is not None else None
+        step = held.get(STEP) if self._rule.read is not None else None
         if step is not None:
-            check_step(name, step)
+            check_number(name, STEP, step, "float32", torch.device("cpu"))
         held = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
         row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
         names = [s.name for s in needed(self._rule, self._hyper[row])]
@@ -148,8 +148,11 @@ class Walk:
             if tensor is not None:
                 check_tensor(f"{name} state", tensor, part)
                 check_memory(f"{name} state", tensor, part, written=True)
+        for k, number in zip(self._rule.kept, kept, strict=True):
+            if number is not None:
+                check_number(name, k.name, number, k.dtype, part.device)
         if self._rule.read is not None:
-            names.append("step")
+            names.append(STEP)
         if any(held.get(key) is None for key in names):
             todo.missing.append(position)
         return Item(position, part, grad, states, kept, step, row)

@@ -70,7 +70,8 @@ class Watch:
         for k, number in enumerate(self._rule.kept):
             given = [row[k] for row in kept]
             initial = torch.full((), number.initial, dtype=torch.float64, device=device)
-            columns.append(torch.stack([initial if t is None else t.double() for t in given]))
+            given = [initial if t is None else t.double().reshape(()) for t in given]
+            columns.append(torch.stack(given))
         numbers, arrived = torch.stack(columns, 1), None
         if device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)

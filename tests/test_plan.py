@@ -253,7 +253,7 @@ def test_a_step_that_cannot_be_counted_is_an_error(step, backend):
     optimizer.step()
     before = p.detach().clone()
     optimizer.state[p]["step"] = BAD_STEPS[step]
-    with pytest.raises(TypeError, match=r"\['params'\]\[0\]: its state 'step' must be a float32"):
+    with pytest.raises(TypeError, match=r"\[0\]: its state 'step' must be a torch.float32 tensor"):
         optimizer.step()
     assert torch.equal(p, before) and optimizer.state[p]["step"] is BAD_STEPS[step]
     optimizer.state[p]["step"] = None  # is none

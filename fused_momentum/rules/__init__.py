@@ -14,8 +14,8 @@ from .autosgm import AUTOSGM
 from .momentum import LOOKAHEAD, VELOCITY
 from .sgd import SGD
 from .sgd_sai import SGD_SAI
-from .table import Kept, Measure, Rule, State
+from .table import STEP, Kept, Measure, Rule, State
 
 RULES = {rule.name: rule for rule in (SGD, VELOCITY, LOOKAHEAD, SGD_SAI, AUTOSGM)}
 
-__all__ = ["RULES", "Kept", "Measure", "Rule", "State"]
+__all__ = ["RULES", "STEP", "Kept", "Measure", "Rule", "State"]

@@ -49,6 +49,9 @@ class Measure:
     reads: Callable[..., tuple] | None = None
 
 
+STEP = "step"  # where state[p] counts the steps, for a rule that depends on their number
+
+
 @dataclass(frozen=True)
 class Rule:
     """One row of the table: how a rule is called, and what it needs.
@@ -62,7 +65,7 @@ class Rule:
     hand, as a test: hyper-parameters, then per step ``(g, p, *states)``.
 
     A rule that depends on the number of the step has ``read(group, t)``: it returns the values of
-    ``hyper`` for a tensor that takes its step t = 1, 2, ... ; ``state[p]["step"]`` counts them.
+    ``hyper`` for a tensor that takes its step t = 1, 2, ... ; ``state[p][STEP]`` counts them.
     """
 
     name: str
