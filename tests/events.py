@@ -49,6 +49,19 @@ def assert_untouched(abandoned):
         assert torch.equal(bits(tensor), bits(then)), "written after it was replaced"
 
 
+def train(variant, backend, event, at, fresh=True):
+    """A run of five steps, before some of which the event happens; ``fresh``: new gradients."""
+    run, abandoned = start(variant, backend), []
+    for step in range(5):
+        if fresh or step == 0:
+            set_grads(run, step)
+        if step in at:
+            abandoned += with_copies(event(run))
+        run.opt.step()
+    assert_untouched(abandoned)
+    return run
+
+
 def _state(run, i):
     return run.opt.state.get(run.params[i], {})
 

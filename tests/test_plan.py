@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 from cases import (
-    EXTENSION,
     TYPES,
     VARIANTS,
     Run,
@@ -17,10 +16,11 @@ from cases import (
     one_thread,  # noqa: F401  a fixture for every test here
     rules,
 )
-from events import EVENTS, SOME, assert_untouched, set_grads, start, with_copies
+from events import EVENTS, SOME, set_grads, start, train
+from one_param import stepped, walks
 from torch.nn import Parameter
 
-from fused_momentum import FusedAutoSGM, FusedSGD, plan
+from fused_momentum import FusedAutoSGM, FusedSGD, FusedSGDSaI, plan
 
 # --- what is noticed between steps -----------------------------------------------------------
 
@@ -89,80 +89,128 @@ def test_a_step_that_found_no_memory_for_its_states_can_be_taken_again(rule, bac
     assert not differing(*runs)
 
 
-def _train(variant, backend, event, at, fresh=True):
-    run, abandoned = start(variant, backend), []
-    for step in range(5):
-        if fresh or step == 0:
-            set_grads(run, step)
-        if step in at:
-            abandoned += with_copies(event(run))
-        run.opt.step()
-    assert_untouched(abandoned)
-    return run
-
-
 @pytest.mark.parametrize("at", [(0,), (2,), (1, 2, 3)], ids=["first", "later", "repeated"])
 @pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
 @rules
 @compiled
 def test_the_plan_notices(rule, backend, event, at):
     variant = VARIANTS[rule.name]
-    run, truth = (_train(variant, name, event, at) for name in (backend, "reference"))
+    run, truth = (train(variant, name, event, at) for name in (backend, "reference"))
     assert not differing(run, truth)
 
 
-# --- the number that stands for what a step works on -----------------------------------------
+@walks
+def test_no_parameters_are_stepped_where_none_are_given(backend):
+    p, optimizer = stepped(backend)
+    before, version = bits(p), p._version
+    buffer = optimizer.state[p]["momentum_buffer"].clone()
+    optimizer.step_params([])
+    assert torch.equal(bits(p), before) and p._version == version
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], buffer)
 
 
-def _tables(walk):
-    """Everything that the kernels' tables are made of, but for hyper-parameters."""
-    names = ("addresses", "numels", "rows", "tensor_scalars", "kept", "layouts")
-    tables = [[getattr(batch, name) for name in names] for batch in walk.batches()]
-    return [[None if t is None else t.tolist() for t in batch] for batch in tables]
+@walks
+def test_a_group_without_parameters_is_an_error(backend):
+    p, optimizer = stepped(backend)
+    del optimizer.param_groups[0]["params"]
+    before = bits(p)
+    with pytest.raises(KeyError, match="params"):
+        optimizer.step()
+    assert torch.equal(bits(p), before)
 
 
-@pytest.fixture
-def generations(monkeypatch):
-    """The walk, its number and its tables, at every step."""
-    seen, run = [], plan._Walked.run
-
-    def watched(self, walk, amp):
-        if hasattr(walk, "generation"):  # the extension's
-            seen.append((walk, walk.generation, _tables(walk)))
-        run(self, walk, amp)
-
-    monkeypatch.setattr(plan._Walked, "run", watched)
-    monkeypatch.setattr(plan.Plan, "_walk_alone", lambda self, name: None)  # it would not be seen
-    return seen
+@walks
+def test_a_parameter_that_is_appended_to_its_group_takes_part(backend):
+    _, optimizer = stepped(backend)
+    other = Parameter(torch.ones(8))
+    other.grad = torch.ones(8)
+    optimizer.param_groups[0]["params"].append(other)
+    optimizer.step()
+    assert torch.equal(other, torch.full((8,), 0.9))
 
 
-@pytest.mark.skipif(EXTENSION is None, reason="only the extension's walk has a number")
-@pytest.mark.parametrize("fresh", [True, False], ids=["new-grads", "same-grads"])
-@pytest.mark.parametrize("at", [(0,), (2,), (1, 2, 3)], ids=["first", "later", "repeated"])
-@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
-@rules
-def test_the_same_number_means_the_same_tables(rule, event, at, fresh, generations):
-    """The launcher packs nothing anew while it stays: it must change with anything they hold."""
-    _train(VARIANTS[rule.name], "cpu", event, at, fresh)
-    tables_of = {}
-    for walk, generation, tables in generations:  # that of another walk is another number
-        assert tables_of.setdefault((id(walk), generation), tables) == tables
+@walks
+def test_a_state_that_is_handed_to_another_parameter(backend):
+    """The dict and all that is in it stay; whose they are changes."""
+    params = [Parameter(torch.ones(8)) for _ in range(2)]
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.5, backend=backend)
+    params[0].grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[params[1]] = held = optimizer.state.pop(params[0])
+    params[0].grad, params[1].grad = None, torch.zeros(8)
+    optimizer.step()
+    assert torch.equal(params[1], torch.full((8,), 0.5)) and torch.equal(params[0], torch.zeros(8))
+    assert held["momentum_buffer"].tolist() == [0.5] * 8
 
 
-@pytest.mark.skipif(EXTENSION is None, reason="only the extension's walk has a number")
-@rules
-def test_the_number_stays_while_nothing_changes(rule, generations):
-    run = start(VARIANTS[rule.name], "cpu")
-    set_grads(run, 0)
-    for step in range(6):
-        run.opt.param_groups[0]["lr"] = 0.1 / (1 + step)
-        run.opt.step()
-    (_, first, _), *steady = generations
-    assert len({number for _, number, _ in steady}) == 1
-    run.opt.step_params(run.params[1:3])
-    run.opt.step()
-    numbers = [number for _, number, _ in generations]
-    assert first < numbers[-3] < numbers[-2] < numbers[-1]
+@walks
+def test_a_note_among_the_states_becomes_a_state(backend):
+    """A key that is no parameter has its place taken by one that is."""
+    first, second = (Parameter(torch.ones(8)) for _ in range(2))
+    optimizer = FusedSGD([first, second], lr=1.0, momentum=0.5, backend=backend)
+    optimizer.state["note"] = {}
+    second.grad = torch.ones(8)
+    optimizer.step()
+    del optimizer.state["note"]
+    optimizer.state[first] = {"momentum_buffer": torch.full((8,), 2.0)}
+    first.grad = torch.zeros(8)
+    optimizer.step()
+    assert torch.equal(first, torch.zeros(8)), "0.5 * 2 of its buffer"
+
+
+@walks
+@pytest.mark.parametrize(("cls", "key"), [(FusedSGDSaI, "gsnr"), (FusedAutoSGM, "step")])
+def test_an_optimizer_that_its_numbers_refer_to_is_collected(cls, key, backend):
+    p, optimizer = stepped(backend, cls=cls, steps=2)
+    optimizer.state[p][key].owner = optimizer
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer, p
+    gc.collect()
+    assert gone() is None
+
+
+@walks
+def test_the_version_of_a_parameter_without_gradient_stays(backend):
+    p, optimizer = stepped(backend)
+    p.grad = None
+    version = p._version
+    optimizer.step()
+    assert p._version == version
+
+
+@walks
+def test_tensors_that_were_made_in_inference_mode(backend):
+    """They count no versions."""
+    with torch.inference_mode():
+        p = Parameter(torch.ones(8), requires_grad=False)
+        p.grad = torch.ones(8)
+        optimizer = FusedSGD([p], lr=0.5, momentum=0.9, backend=backend)
+        optimizer.step()
+        optimizer.step()
+        assert torch.equal(p, torch.full((8,), -0.45))
+
+
+@walks
+def test_tensors_of_one_group_at_other_steps_have_numbers_of_their_own(backend):
+    """All in one step, or one by one."""
+    ended = []
+    for one_by_one in (False, True):
+        params = [Parameter(torch.linspace(-1, 1, 8)) for _ in range(3)]
+        optimizer = FusedAutoSGM(params, lr=1e-1, backend=backend)
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = None if i > step else torch.linspace(-1, 2, 8) * (step + 1)
+            if one_by_one:
+                for p in reversed(params):
+                    optimizer.step_params([p])
+            else:
+                optimizer.step()
+        ended.append([bits(p) for p in params])
+    assert all(map(torch.equal, *ended))
+
+
+# --- what takes part -------------------------------------------------------------------------
 
 
 @rules
