@@ -222,7 +222,7 @@ class Plan:
         todo = read(first)
         if self.rule.measure is not None and not self.rule.measure.settles:
             self._refuse_shards(groups)
-        while todo:
+        if todo:
             if not waits and amp.skips():
                 return False
             for device_type, found in todo.items():
@@ -230,7 +230,9 @@ class Plan:
                 lacking = [(param, groups[i]) for param, i in map(at, found.missing)]
                 begin = self.make_states(lacking, state, made)
                 first[device_type] = list(itertools.compress(found.missing, begin))
-            todo = read(first)
+            for device_type, found in read(first).items():
+                name = _name_of(groups, *self._walks[device_type].at(found.missing[0]))
+                raise RuntimeError(f"{name} lost its state while the step was prepared")
         self._settled = not made
         if self.rule.measure is not None:
             measured = self._settle_shards(groups, updates, amp, first)
@@ -270,12 +272,10 @@ class Plan:
             for position in walk.unsettled_shards():
                 if self.rule.measure.settled(*walk.kept(position)[1], *initial):
                     continue
-                param, i = walk.at(position)
-                k = next(k for k, p in enumerate(groups[i]["params"]) if p is param)
+                name = _name_of(groups, *walk.at(position))
                 raise TypeError(
-                    f"param_groups[{i}]['params'][{k}] is a DTensor, of which a part is here; "
-                    f"{self.rule.name} with these settings measures whole tensors at each step: "
-                    "needed is a plain tensor"
+                    f"{name} is a DTensor, of which a part is here; {self.rule.name} with "
+                    "these settings measures whole tensors at each step: needed is a plain tensor"
                 )
 
     def _settle_shards(
@@ -325,6 +325,11 @@ def _drop(state: dict, param: torch.Tensor, name: str) -> None:
     held.pop(name, None)
     if not held:
         state.pop(param, None)
+
+
+def _name_of(groups: list[dict], param: torch.Tensor, i: int) -> str:
+    k = next(k for k, p in enumerate(groups[i]["params"]) if p is param)
+    return f"param_groups[{i}]['params'][{k}]"
 
 
 def _device_types(groups: list[dict]) -> list[str]:

@@ -17,7 +17,7 @@ from cases import (
     rules,
 )
 from events import EVENTS, SOME, set_grads, start, train
-from one_param import stepped, walks
+from one_param import needs_extension, stepped, walks
 from torch.nn import Parameter
 
 from fused_momentum import FusedAutoSGM, FusedSGD, FusedSGDSaI, plan
@@ -89,6 +89,19 @@ def test_a_step_that_found_no_memory_for_its_states_can_be_taken_again(rule, bac
     assert not differing(*runs)
 
 
+@rules
+@compiled
+def test_a_state_that_cannot_be_made_is_an_error(rule, backend, monkeypatch):
+    """Not a loop that makes it again and again."""
+    run = start(VARIANTS[rule.name], backend)
+    set_grads(run, 0)
+    before = [bits(p) for p in run.params]
+    monkeypatch.setattr(plan, "make_states", lambda *args: None)
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\] lost its state while the step was"):
+        run.opt.step()
+    assert all(map(torch.equal, before, map(bits, run.params)))
+
+
 @pytest.mark.parametrize("at", [(0,), (2,), (1, 2, 3)], ids=["first", "later", "repeated"])
 @pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
 @rules
@@ -148,8 +161,9 @@ def test_a_note_among_the_states_becomes_a_state(backend):
     """A key that is no parameter has its place taken by one that is."""
     first, second = (Parameter(torch.ones(8)) for _ in range(2))
     optimizer = FusedSGD([first, second], lr=1.0, momentum=0.5, backend=backend)
-    optimizer.state["note"] = {}
     second.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state["note"] = {}
     optimizer.step()
     del optimizer.state["note"]
     optimizer.state[first] = {"momentum_buffer": torch.full((8,), 2.0)}
@@ -179,16 +193,15 @@ def test_the_version_of_a_parameter_without_gradient_stays(backend):
     assert p._version == version
 
 
-@walks
-def test_tensors_that_were_made_in_inference_mode(backend):
+@needs_extension
+def test_tensors_that_were_made_in_inference_mode():
     """They count no versions."""
     with torch.inference_mode():
-        p = Parameter(torch.ones(8), requires_grad=False)
-        p.grad = torch.ones(8)
-        optimizer = FusedSGD([p], lr=0.5, momentum=0.9, backend=backend)
+        p, optimizer = stepped("cpu")
         optimizer.step()
-        optimizer.step()
-        assert torch.equal(p, torch.full((8,), -0.45))
+    optimizer.step()
+    twin, _ = stepped("reference", steps=3)
+    assert torch.equal(p, twin) and p.is_inference()
 
 
 @walks
