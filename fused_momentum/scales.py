@@ -55,7 +55,8 @@ def gsnr(
 
     This is the G of ``FusedSGDSaI`` with ``degenerate="official"``, so that a gradient of zeros
     (0), a constant one and one of one element (|g| / eps) show. The numbers are Python's: reading
-    them waits for the device. Nothing is changed.
+    them waits for the device. Sharded parameters (DTensor) are measured whole, by all processes
+    that hold a part; those of other processes are left out. Nothing is changed.
 
     Args:
         params: a model, its ``named_parameters()``, a dict of parameters by name, or parameters
@@ -99,7 +100,7 @@ def _kept(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Scale]]:
         names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
             scale = optimizer.state.get(p, {}).get("gsnr")
-            if scale is not None:
+            if scale is not None and not shards.is_elsewhere(p):
                 yield name, Scale(float(scale), reference.numel_of(p))
 
 
@@ -110,7 +111,7 @@ def _measured(named: dict[str, torch.Tensor], eps: float) -> Iterator[tuple[str,
     hyper["degenerate"] = RULE.choices["degenerate"].index("official")
     parts = {}
     for i, (name, param) in enumerate(named.items()):
-        if isinstance(param, torch.Tensor) and param.grad is None:
+        if (isinstance(param, torch.Tensor) and param.grad is None) or shards.is_elsewhere(param):
             continue
         part = shards.part_of(param)
         check_param(name, part)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from loop import CLASSICAL
+from loop import CLASSICAL, SUBJECTS
 from shard_cases import Run, case, random, spread, whole
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -109,7 +109,7 @@ def what_is_measured_of_a_parameter_of_other_processes(mesh):
     optimizer = fm.FusedSGDSaI([p], lr=0.1, degenerate="official")
     optimizer.step()
     assert optimizer.state[p]["stage"] == (3 if here else 0)
-    fm.gsnr([p])
+    assert len(fm.gsnr([p])) == len(fm.gsnr(optimizer)) == here
 
 
 @case(none=(True,), zeros=(False,))
@@ -120,3 +120,47 @@ def zero_grad_beside_flat_gradients(mesh, set_to_none):
     for p, here in zip(run.params, some, strict=True):
         assert (p.grad is None) == (here and set_to_none)
         assert p.grad is None or not whole(p.grad).any()
+
+
+@case(cpu=("cpu",), reference=("reference",))
+def groups_with_settings_of_their_own(mesh, backend):
+    """One group measures, the other has nothing to measure."""
+    ended = []
+    for where in (mesh, None):
+        run = Run(where)
+        groups = [{"params": run.params[:2], "lr": 0.3}, {"params": run.params[2:]}]
+        groups[1]["scale"] = "sqrt_numel"
+        run.optimizer = fm.FusedSGDSaI(groups, **CLASSICAL, backend=backend)
+        ended.append(run.train())
+    ended[0].assert_same(ended[1])
+
+
+@case(cpu=("cpu",), reference=("reference",))
+def what_has_no_elements_is_measured_with_the_others(mesh, backend):
+    """In one process, or in both."""
+    ended = []
+    for where in (mesh, None):
+        tensors = [random(shape, 0) for shape in ((1,), (0, 3), (5, 2))]
+        place = (lambda t: spread(t, mesh, Shard(0))) if where else torch.clone
+        params = [Parameter(place(t)) for t in tensors]
+        optimizer = fm.FusedSGDSaI(params, **CLASSICAL, backend=backend)
+        for t in range(2):
+            for p in params:
+                p.grad = place(random(p.shape, 10 + t))
+            optimizer.step()
+        ended.append([(whole(p.detach()), optimizer.state[p]["gsnr"]) for p in params])
+    for sharded, plain in zip(*ended, strict=True):
+        assert all(map(torch.equal, sharded, plain))
+
+
+@case(cpu=("cpu",), reference=("reference",))
+def a_checkpoint_of_settings_that_measure_each_step(mesh, backend):
+    """Refused at the step, as where no checkpoint was loaded."""
+    cls, kwargs = SUBJECTS["autosgm_clipped"]
+    saved = copy.deepcopy(Run(None, cls, kwargs).train(range(1)).optimizer.state_dict())
+    run = Run(mesh, cls, {"lr": 0.1}, backend=backend)
+    run.optimizer.load_state_dict(saved)
+    before = [whole(p.detach()).clone() for p in run.params]
+    with pytest.raises(TypeError, match=r"\['params'\]\[0\] is a DTensor, .*autosgm"):
+        run.train(range(1, 2))
+    assert all(torch.equal(whole(p), q) for p, q in zip(run.params, before, strict=True))

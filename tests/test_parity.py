@@ -231,6 +231,19 @@ def test_halves_are_rounded_as_torch_rounds_them(half, level, use_level):
         assert torch.equal(bits(_copy(source, half, level, use_level)), bits(source.to(half)))
 
 
+@levels
+@pytest.mark.parametrize("word", [0x7FC0, 0x7FC1, 0x7F81, 0x7FFF], ids=hex)
+@pytest.mark.parametrize("sign", [0, 0x8000], ids=["positive", "negative"])
+def test_every_nan_is_stored_as_one(word, sign, level, use_level):
+    """As torch stores it: quiet, positive, without payload."""
+    use_level(level)
+    words = torch.full((77,), (word | sign) - (sign << 1), dtype=torch.int16)
+    param, grad = words.view(torch.bfloat16), torch.ones(77, dtype=torch.bfloat16)
+    hyper = dict.fromkeys(RULES["sgd"].hyper, 0.0) | {"lr": 1.0}
+    update("cpu", RULES["sgd"], [param, grad, torch.zeros(77)], hyper)
+    assert bits(param).unique().tolist() == [0x7FC0]
+
+
 def test_every_level_of_this_machine_is_tested():
     assert LEVELS and LEVELS[0] == "baseline"
     assert EXTENSION.cpu_level() == LEVELS[-1], "the best level is the one in use"
