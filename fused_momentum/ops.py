@@ -154,6 +154,7 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
         _check_overlap(rule, lists)
         update(lists, numbers)
 
+    @torch.no_grad()
     def functional(*lists, **numbers):
         _check_lists(rule, lists)
         written = [[t.clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
@@ -173,6 +174,8 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
         (rule.name, functional, fake),
     ):
         _library.impl(name, impl, "CompositeExplicitAutograd")
+        # No gradient flows through an update, so what is returned has no history.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"fused_momentum::{name}", fake_impl, lib=_library)
         made.append(_function(rule, name))
     return tuple(made)
@@ -205,9 +208,7 @@ def _function(rule: Rule, name: str) -> Callable:
                     raise TypeError(
                         f"{list_name}[{i}] is a DTensor; give its part here, tensor.to_local()"
                     )
-        # No gradient flows through an update, so what is returned has no history.
-        with torch.no_grad():
-            return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)
+        return op(*(list(tensors) for tensors in bound.args), **bound.kwargs)
 
     function.__name__ = function.__qualname__ = name
     function.__module__ = __name__

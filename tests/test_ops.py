@@ -312,9 +312,13 @@ def test_a_tensor_is_no_list(rule):
 
 
 @op_rules
-def test_what_the_functional_op_returns_has_no_history(rule):
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("cpu", "reference")])
+@pytest.mark.parametrize("space", [fm.ops, torch.ops.fused_momentum], ids=["ours", "torch.ops"])
+def test_what_the_functional_op_returns_has_no_history(rule, backend, space, monkeypatch):
+    monkeypatch.setattr(fm.ops, "choose", lambda *asked: Choice(backend, "for this test"))
     lists = [[torch.ones(3, requires_grad=True)] for _ in range(2 + len(rule.states))]
-    made = getattr(fm.ops, rule.name)(*lists, **VARIANTS[rule.name].hyper)
+    hyper = VARIANTS[rule.name].hyper | {"first": False, "maximize": False}
+    made = getattr(space, rule.name)(*lists, **hyper)
     assert not any(t.requires_grad for tensors in made for t in tensors)
 
 
