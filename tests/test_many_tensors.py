@@ -191,6 +191,30 @@ def test_autosgm_measures_a_few_tensors_at_a_time(numerator, backend, threads):
 
 @THREADS
 @compiled
+@pytest.mark.parametrize("what", ["loses_its_gradient", "begins_anew"])
+def test_one_tensor_is_measured_beside_others_that_are_not(what, backend, threads):
+    """Two gradients are zero at first, so that they are measured later than the third."""
+    torch.set_num_threads(threads)
+    results = []
+    for name in (backend, "reference"):
+        optimizer = made(fm.FusedSGDSaI, [(40 * TILE,)] * 3, name, momentum=0.9)
+        first, second, third = params_of(optimizer)
+        for step in range(4):
+            give_grads(optimizer, step)
+            if step == 0:
+                first.grad.zero_()
+                second.grad.zero_()
+            elif step == 1 and what == "loses_its_gradient":
+                first.grad = None
+            elif step == 2 and what == "begins_anew":
+                del optimizer.state[third]
+            optimizer.step()
+        results.append(optimizer)
+    same(*results)
+
+
+@THREADS
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_last_tile_and_the_ones_before_it(dtype, backend, threads):
     """They are updated in other portions: kAhead in csrc/cpu/pass.h."""

@@ -1,12 +1,15 @@
 """Memory that others drop, give back or share between steps and during one."""
 
 import gc
+import sys
+import threading
 import weakref
 
 import pytest
 import torch
 from loop import CLASSICAL, Net, subjects, train
 from one_param import needs_extension, stepped, walks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from fused_momentum import FusedAutoSGM, FusedMomentum, FusedSGD, FusedSGDSaI, states
@@ -250,3 +253,58 @@ def test_a_step_that_does_not_run_keeps_no_gradient(backend):
     p.grad = None
     gc.collect()
     assert grad() is None
+
+
+# --- while a step runs ---------------------------------------------------------------------------
+
+
+@needs_extension
+def test_what_a_step_works_on_is_held_until_it_has_run(monkeypatch):
+    """Python runs between the walk and the step, and other threads with it."""
+    monkeypatch.setattr(Plan, "_walk_alone", lambda self, name: None)
+    p, optimizer = stepped("cpu")
+    tensors = p, p.grad, optimizer.state[p]["momentum_buffer"]
+    held = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+    del tensors
+    run, gone = _Walked.run, []
+
+    def drop_and_run(self, walk, amp):
+        p.data, p.grad = torch.zeros(8), None
+        optimizer.state.clear()
+        gone.extend(ref.expired() for ref in held)
+        run(self, walk, amp)
+
+    monkeypatch.setattr(_Walked, "run", drop_and_run)
+    optimizer.step()
+    assert gone == [False] * 3 and all(ref.expired() for ref in held)
+
+
+@needs_extension
+def test_others_run_beside_a_large_step_and_may_drop_its_gradient(monkeypatch):
+    p, optimizer = stepped("cpu", (1 << 24,))
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # only a step that lets others run does
+    events, expected = [], p.detach().clone()
+    try:
+        for _ in range(20):  # a busy machine may not have run the other thread in time
+            p.grad = torch.ones(1 << 24)
+            grad, gate = StorageWeakRef(p.grad.untyped_storage()), threading.Event()
+
+            def drop(grad=grad, gate=gate):
+                gate.wait()
+                p.grad = None
+                events.append("gone" if grad.expired() else "dropped")
+
+            events.clear()
+            other = threading.Thread(target=drop)
+            other.start()
+            gate.set()
+            optimizer.step()
+            events.append("stepped")
+            other.join()
+            if events[0] != "stepped":
+                break
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert events == ["dropped", "stepped"]
+    assert (p != expected).all() and p.unique().numel() == 1

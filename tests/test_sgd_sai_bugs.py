@@ -1,7 +1,4 @@
-"""Every known bug of sgd-sai 1.0.3 and its ports, in the order in which they were gathered.
-
-Those of sharded tensors are refused here (number 10).
-"""
+"""Every known bug of sgd-sai 1.0.3 and its ports, in the order in which they were gathered."""
 
 import copy
 import math
