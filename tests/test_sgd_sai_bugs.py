@@ -255,7 +255,7 @@ def test_the_closure_is_called_once_and_one_gradient_serves_both(backend):
     assert torch.equal(optimizer.state[p]["momentum_buffer"].cpu(), grad)
 
 
-# --- 9. and 10. sparse and sharded tensors ---------------------------------------------------
+# --- 9. sparse tensors; shard_cases.py has 10., the sharded ones ------------------------------
 
 
 def test_sparse_gradients_are_refused_by_name():
