@@ -22,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
+from fused_momentum.plan import Plan
+
 # --- tiles -----------------------------------------------------------------------------------
 
 SEGMENT_COST = 32  # elements; what csrc/tiles.h charges for a tensor besides its own
@@ -78,6 +80,19 @@ def test_a_steady_step_allocates_nothing_and_moves_nothing(rule, types, backend)
     assert not any(
         torch.equal(bits(p), b) for p, b in zip(run.params, before, strict=True) if p.numel()
     )
+
+
+@rules
+def test_a_steady_step_is_one_call_also_beside_frozen_parameters(rule, monkeypatch):
+    frozen, empty, p = (Parameter(torch.ones(n)) for n in (3, 0, 3))
+    optimizer = CLASSES[rule.name]([frozen, empty, p], lr=0.1, backend="cpu")
+    empty.grad, p.grad = torch.ones(0), torch.linspace(-1, 2, 3)
+    for _ in range(2):
+        optimizer.step()
+    before = bits(p)
+    monkeypatch.delattr(Plan, "_prepare")
+    optimizer.step()
+    assert not torch.equal(bits(p), before)
 
 
 @rules
