@@ -15,12 +15,12 @@ py::object interned(const std::string& name) {
 }
 
 // Whether two launches may take one for the other: a layout is never the same, as it may have been
-// written anew at an old address.
+// written anew at an old address. What prepare() leaves as it was is not compared.
 bool says_the_same(const Segment& a, const Segment& b) {
   return std::equal(a.data, std::end(a.data), b.data) &&
          std::equal(a.kept, std::end(a.kept), b.kept) &&
-         std::equal(a.dtype, std::end(a.dtype), b.dtype) && a.numel == b.numel && a.row == b.row &&
-         a.first == b.first && !a.layout && !b.layout;
+         std::equal(a.dtype, std::end(a.dtype), b.dtype) && a.numel == b.numel && !a.layout &&
+         !b.layout;
 }
 
 }  // namespace
@@ -31,11 +31,12 @@ Plan::State::State(PyObject* tensor) : object(tensor) {
         THPVariable_Unpack(tensor).storage().getWeakStorageImpl());
 }
 
-bool Plan::State::is(PyObject* value) const {
-  return value == object && object != nullptr &&
-         PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(THPVariableClass)) &&
-         THPVariable_Unpack(value).unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl() ==
-             storage._unsafe_get_target();
+bool Plan::State::has_its_storage() const {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) &&
+         THPVariable_Unpack(object)
+                 .unsafeGetTensorImpl()
+                 ->unsafe_storage()
+                 .unsafeGetStorageImpl() == storage._unsafe_get_target();
 }
 
 Plan::Plan(int rule, const std::vector<std::string>& hyper_keys,
@@ -123,7 +124,7 @@ struct Plan::Known {
       }
       if (value != found(position, k)) return false;
       if (k >= states_of_rule) continue;
-      if (!states[position * states_of_rule + k].is(value)) return false;
+      if (!states[position * states_of_rule + k].has_its_storage()) return false;
       const c10::TensorImpl* impl = THPVariable_Unpack(value).unsafeGetTensorImpl();
       if (segment.layout != nullptr || impl->sizes() != param->sizes() ||
           impl->strides() != param->strides() ||

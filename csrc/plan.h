@@ -169,7 +169,8 @@ class Plan {
 
     State() = default;
     explicit State(PyObject* tensor);
-    bool is(PyObject* value) const;
+    // Of an object that the dict has at this moment: it may be another one at an old address.
+    bool has_its_storage() const;
   };
   struct Known;
   struct Row {

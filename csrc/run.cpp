@@ -59,16 +59,13 @@ constexpr int64_t kCostWithGil = 1 << 22;
 // The memory of this step, which others may drop. Called before they can.
 std::vector<c10::Storage> Plan::memory() const {
   std::vector<c10::Storage> memory;
-  const auto add = [&memory](const at::Tensor& tensor) {
-    if (tensor.has_storage()) memory.push_back(tensor.storage());
-  };
   for_each_chosen([&](int64_t position) {
     if (segments_[position].numel == 0) return;
     const at::Tensor& param = THPVariable_Unpack(entries_[position].param.ptr());
     // made_ has the parts of a sharded one; what Python has of it may have changed by now.
     if (param.unsafeGetTensorImpl()->is_python_dispatch()) return;
-    add(param);
-    if (const at::Tensor* grad = grad_of(param)) add(*grad);
+    memory.push_back(param.storage());
+    if (const at::Tensor* grad = grad_of(param)) memory.push_back(grad->storage());
     for (int k = 0; k < info_.states; k++)
       if (auto storage = states_[position * info_.states + k].storage.lock())
         memory.emplace_back(std::move(storage));

@@ -14,6 +14,7 @@ inline int64_t tiles_of(int64_t numel) {
 
 // What a tensor costs a CPU thread, in elements: a constant besides its own.
 constexpr int64_t kSegmentCost = 32;
+static_assert(kSegmentCost < kTile, "the last elements of a tensor lie in its last tile");
 inline int64_t cost_of(int64_t numel) {
   return numel == 0 ? 0 : numel + kSegmentCost;
 }
@@ -55,14 +56,11 @@ inline void split_tiles(const Segment* segments, const int64_t* tile_ends, int64
   bounds[part++] = 0;
   for (int64_t i = 0; i < segment_count && part < parts; i++) {
     const int64_t first_tile = i == 0 ? 0 : tile_ends[i - 1];
-    const int64_t tiles = tile_ends[i] - first_tile;
-    if (tiles == 0) continue;
     const int64_t end = cost + cost_of(segments[i].numel);
     for (; part < parts; part++) {
       const int64_t target = total_cost * part / parts;
       if (target >= end) break;
-      const int64_t inside = (target - cost) / kTile;
-      bounds[part] = first_tile + (inside < tiles ? inside : tiles);
+      bounds[part] = first_tile + (target - cost) / kTile;
     }
     cost = end;
   }

@@ -29,7 +29,6 @@ const cpu::Level* best_level() {
 template <class F>
 void for_all_tiles(const Launch& launch, F&& f) {
   const int64_t tiles = launch.tile_ends[launch.segment_count - 1];
-  if (tiles == 0) return;
   const int parts =
       int(std::clamp<int64_t>(launch.cost / kElementsPerThread, 1, int64_t(at::get_num_threads())));
   if (parts == 1) return f(0, tiles);
@@ -37,8 +36,7 @@ void for_all_tiles(const Launch& launch, F&& f) {
   split_tiles(launch.segments, launch.tile_ends, launch.segment_count, launch.cost, parts,
               bounds.data());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; k++)
-      if (bounds[k] < bounds[k + 1]) f(bounds[k], bounds[k + 1]);
+    for (int64_t k = begin; k < end; k++) f(bounds[k], bounds[k + 1]);
   });
 }
 
