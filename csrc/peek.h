@@ -54,7 +54,8 @@ inline bool is_same(const c10::VariableVersion& a, const c10::VariableVersion& b
 // Where the elements of a strided tensor begin; nullptr: its memory has been given back, or is to
 // be written and shared with a lazy clone, which torch parts from it only outside parallel regions.
 inline char* address_of(const c10::TensorImpl* impl, int itemsize, bool written) {
-  const at::DataPtr& memory = impl->unsafe_storage().unsafeGetStorageImpl()->data_ptr();
+  const at::DataPtr& memory =
+      impl->unsafe_storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
   if (written && memory.get_deleter() == c10::impl::cow::cow_deleter) return nullptr;
   char* const data = static_cast<char*>(memory.get());
   return data ? data + impl->storage_offset() * itemsize : nullptr;
