@@ -56,6 +56,11 @@ void check_memory(const std::string& name, const at::Tensor& param, const at::Te
 
 }  // namespace
 
+at::Tensor resolved(const at::Tensor& grad) {
+  const bool is_there = grad.has_storage() && grad.storage().data() != nullptr;
+  return is_there ? grad.resolve_conj().resolve_neg() : grad;
+}
+
 void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,
               std::unique_ptr<Layout>* layout) {
   static const char* const role[] = {"", ".grad"};

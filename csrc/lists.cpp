@@ -12,13 +12,13 @@ void run_tensors(int rule, const std::vector<std::vector<at::Tensor>>& streams,
   const size_t count = streams.at(0).size();
   std::vector<Segment> segments(count);
   std::vector<std::unique_ptr<Layout>> layouts(count);
-  std::vector<at::Tensor> resolved(count);  // gradients, no longer lazy
+  std::vector<at::Tensor> grads(count);  // no longer lazy
   Tiles tiles;
   for (size_t i = 0; i < count; i++) {
     std::vector<at::Tensor> tensors;
     for (const auto& stream : streams)
       tensors.push_back(stream.empty() ? at::Tensor() : stream.at(i));
-    tensors[1] = resolved[i] = tensors[1].resolve_conj().resolve_neg();
+    tensors[1] = grads[i] = resolved(tensors[1]);
     describe("params[" + std::to_string(i) + "]", tensors, &segments[i], &layouts[i]);
     segments[i].first = first.at(i) != 0;
   }

@@ -248,7 +248,7 @@ void Plan::read_entry(int64_t position, Todo* todo) {
   entry.version = param.unsafeGetTensorImpl()->version_counter();
   const bool sharded = take_parts(position, &streams);
   const bool lazy = streams[1].is_conj() || streams[1].is_neg();
-  if (lazy) streams[1] = streams[1].resolve_conj().resolve_neg();
+  if (lazy) streams[1] = resolved(streams[1]);
   if (lazy) made_.push_back(streams[1]);
   const void* before = segments_[position].data[0];
   prepare(position, streams);

@@ -316,6 +316,10 @@ void Plan::for_each_chosen_in_threads(F&& f) const {
   });
 }
 
+// A gradient, no longer lazily conjugated or negated; as it is where it cannot be read, which
+// describe() refuses.
+at::Tensor resolved(const at::Tensor& grad);
+
 // Fills data, dtype, numel and layout of a segment from its streams p, g, states (undefined:
 // absent). `name` is the parameter's in error messages.
 void describe(const std::string& name, const std::vector<at::Tensor>& streams, Segment* segment,

@@ -62,11 +62,11 @@ void Plan::read_hyper(double grad_multiplier) {
   if (!read_row_.is_none()) return;  // rows are made as tensors are met
   for (size_t row = 0; row < groups_.size(); row++) {
     PyObject* dict = groups_[row].dict.ptr();
+    const bool maximize = read_number(dict, maximize_key_) != 0;
     for (size_t k = 0; k < hyper_keys_.size(); k++) {
       const bool on_device = k == 0 && read_device_lr(dict, row);
       hyper_.push_back(on_device ? 0.0 : read_number(dict, hyper_keys_[k], choices_[k]));
     }
-    const bool maximize = read_number(dict, maximize_key_) != 0;
     grad_multiplier_.push_back(maximize ? -grad_multiplier : grad_multiplier);
     append_needed();
   }
@@ -103,9 +103,9 @@ int Plan::row_of(int group, int64_t t) {
   for (size_t row = rows_.size(); row-- > 0;)
     if (rows_[row].group == group && rows_[row].t == t) return int(row);
   const py::object& dict = groups_[group].dict;
+  const bool maximize = read_number(dict.ptr(), maximize_key_) != 0;
   for (const py::handle& number : py::tuple(read_row_(dict, t)))
     hyper_.push_back(number_of(number.ptr(), step_key_.ptr()));
-  const bool maximize = read_number(dict.ptr(), maximize_key_) != 0;
   grad_multiplier_.push_back(maximize ? -multiplier_ : multiplier_);
   rows_.push_back({group, t});
   TORCH_CHECK(hyper_.size() == rows_.size() * hyper_keys_.size(), info_.name, " needs ",

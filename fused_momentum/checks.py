@@ -24,7 +24,9 @@ SPARSE = (
 def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
     """Raise where a tensor cannot take part in the update of ``param``; as csrc/describe.cpp."""
     if tensor.layout in SPARSE:
-        raise RuntimeError(f"{name} is sparse; sparse gradients are not supported (make it dense)")
+        raise RuntimeError(
+            f"{name} is sparse; sparse gradients are not supported (make it dense with .to_dense())"
+        )
     if tensor.is_nested:
         raise TypeError(
             f"{name} is a nested tensor; these are not supported (optimize the dense parameters "
@@ -32,8 +34,6 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; needed: torch.strided")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
     if tensor.device != param.device:
         raise ValueError(
             f"{name} is on device {tensor.device}, its parameter on {param.device}; "
@@ -49,12 +49,19 @@ def check_tensor(name: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
             f"{name} has dtype {tensor.dtype}, its parameter {param.dtype}; "
             "both must be real or both complex"
         )
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; needed: {', '.join(map(str, DTYPES))}")
+
+
+def check_is_tensor(name: str, param: object) -> None:
+    """Raise where ``param`` is none; as csrc/groups.cpp."""
+    if not isinstance(param, torch.Tensor):
+        raise TypeError(f"{name} is a {type(param).__name__}; needed: a tensor")
 
 
 def check_param(name: str, param: object) -> None:
     """Raise where ``param`` cannot be updated; as csrc/plan.cpp and csrc/describe.cpp."""
-    if not isinstance(param, torch.Tensor):
-        raise TypeError(f"{name} is a {type(param).__name__}; needed: a tensor")
+    check_is_tensor(name, param)
     check_tensor(name, param, param)
     if torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python):
         raise TypeError(
@@ -82,10 +89,13 @@ def check_number(name: str, key: str, number: object, dtype: str, device: torch.
         raise TypeError(
             f"{name}: its state {key!r} must be a {wanted} tensor of one element on {device}"
         )
-    if not number.is_meta and number.untyped_storage().data_ptr() == 0:
-        raise RuntimeError(
-            f"{name}: its state {key!r} has no memory: its storage has been given back"
-        )
+    check_is_there(f"{name}: its state {key!r}", number)
+
+
+def check_is_there(name: str, tensor: torch.Tensor) -> None:
+    """Raise where a tensor's memory has been given back; as csrc/describe.cpp."""
+    if tensor.numel() and not tensor.is_meta and tensor.untyped_storage().data_ptr() == 0:
+        raise RuntimeError(f"{name} has no memory: its storage has been given back")
 
 
 def check_memory(name: str, tensor: torch.Tensor, param: torch.Tensor, *, written: bool) -> None:
@@ -101,8 +111,7 @@ def check_memory(name: str, tensor: torch.Tensor, param: torch.Tensor, *, writte
         raise RuntimeError(
             f"{name} shares a part of its parameter's memory; give it memory of its own"
         )
-    if tensor.untyped_storage().data_ptr() == 0:
-        raise RuntimeError(f"{name} has no memory: its storage has been given back")
+    check_is_there(name, tensor)
 
 
 def _overlap_in_part(a: torch.Tensor, b: torch.Tensor) -> bool:

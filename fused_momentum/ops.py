@@ -17,7 +17,7 @@ import torch
 
 from . import native, reference, shards
 from .backends import choose
-from .checks import check_param, check_tensor
+from .checks import check_is_there, check_param, check_tensor
 from .rules import RULES, Rule
 
 _library = torch.library.Library("fused_momentum", "DEF")
@@ -36,14 +36,25 @@ def _schema(rule: Rule, in_place: bool) -> str:
     return f"{name}({', '.join(arguments)}) -> {returns}"
 
 
+def _names(rule: Rule) -> list[str]:
+    return ["params", "grads", *(f"{s.name}s" for s in rule.states)]
+
+
 def _check_lists(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
-    names = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
+    names = _names(rule)
     optional = [False, False, *(s.when is not None for s in rule.states)]
     for name, tensors, may_lack in zip(names, lists, optional, strict=True):
         if len(tensors) != len(lists[0]) and not (may_lack and not tensors):
             raise ValueError(f"{name} has {len(tensors)} tensors, params {len(lists[0])}")
         for i, tensor in enumerate(tensors):
             check_tensor(f"{name}[{i}]", tensor, lists[0][i])
+
+
+def _check_memory(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Of what is traced there is none."""
+    for name, tensors in zip(_names(rule), lists, strict=True):
+        for i, tensor in enumerate(tensors):
+            check_is_there(f"{name}[{i}]", tensor)
 
 
 def _span(tensor: torch.Tensor) -> tuple[str, int, int]:
@@ -55,9 +66,8 @@ def _span(tensor: torch.Tensor) -> tuple[str, int, int]:
 
 def _check_overlap(rule: Rule, lists: Sequence[Sequence[torch.Tensor]]) -> None:
     """Raise where the addresses of what is written reach into another tensor's."""
-    names = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
     spans = []
-    for name, tensors in zip(names, lists, strict=True):
+    for name, tensors in zip(_names(rule), lists, strict=True):
         for i, tensor in enumerate(tensors):
             own_grad = name == "grads" and _span(tensor) == _span(lists[0][i])
             if tensor.numel() and not own_grad:
@@ -151,12 +161,14 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
 
     def in_place(*lists, **numbers):
         _check_lists(rule, lists)
+        _check_memory(rule, lists)
         _check_overlap(rule, lists)
         update(lists, numbers)
 
     @torch.no_grad()
     def functional(*lists, **numbers):
         _check_lists(rule, lists)
+        _check_memory(rule, lists)
         written = [[t.clone() for t in tensors] for tensors in (lists[0], *lists[2:])]
         update([written[0], lists[1], *written[1:]], numbers)
         return tuple(written)
@@ -184,7 +196,7 @@ def _register(rule: Rule) -> tuple[Callable, Callable]:
 def _function(rule: Rule, name: str) -> Callable:
     """The Python function of an op: hyper-parameters by name, zero where they are not given."""
     op = getattr(torch.ops.fused_momentum, name).default
-    positional = ["params", "grads", *(f"{s.name}s" for s in rule.states)]
+    positional = _names(rule)
     kinds = inspect.Parameter
     parameters = [kinds(n, kinds.POSITIONAL_OR_KEYWORD) for n in positional]
     for state, i in zip(rule.states, range(2, len(positional)), strict=True):

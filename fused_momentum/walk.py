@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 
 from . import reference, shards
-from .checks import check_memory, check_number, check_param, check_tensor, number_of
+from .checks import (
+    check_is_tensor,
+    check_memory,
+    check_number,
+    check_param,
+    check_tensor,
+    number_of,
+)
 from .rules import STEP, Kept, Rule, State
 
 
@@ -99,19 +106,23 @@ class Walk:
     ) -> Todo | None:
         """Find what this step works on; see ``Plan::read`` in ``csrc/plan.h``."""
         self.moves = self.generation = self.moves + 1
-        self._params = [(p, i) for i, group in enumerate(groups) for p in group["params"]]
+        self._params, names = [], []
+        for i, group in enumerate(groups):
+            for k, param in enumerate(group["params"]):
+                names.append(f"param_groups[{i}]['params'][{k}]")
+                check_is_tensor(names[-1], param)
+                self._params.append((param, i))
         self._items, self._updates, self._rows, self._hyper = [], {}, {}, []
         self._device_lr = []
         if self._rule.read is None:
             for i in range(len(groups)):
                 self._row_of(groups, i, 1, grad_multiplier)
         todo = Todo([], [])
-        begin = {i: k for k, (_, i) in reversed(list(enumerate(self._params)))}
         for position in self._chosen(params):
-            param, i = self._params[position]
-            name = f"param_groups[{i}]['params'][{position - begin[i]}]"
-            if isinstance(param, torch.Tensor) and param.grad is None:
+            param, _ = self._params[position]
+            if param.grad is None:
                 continue
+            name = names[position]
             part = shards.part_of(param)
             check_param(name, part)
             if part.device.type == self._device_type:

@@ -70,6 +70,22 @@ def test_memory_that_was_given_back_is_an_error(what, backend, offset):
     assert all(torch.equal(named[name], t) for name, t in before.items())
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("view", [torch._neg_view, torch.conj], ids=["negated", "conjugated"])
+@walks
+def test_the_memory_of_a_lazy_gradient_that_was_given_back_is_an_error(view, backend, steps):
+    """It would have to be read before the step is."""
+    p = Parameter(torch.ones(8, dtype=torch.complex64))
+    optimizer = FusedSGD([p], lr=0.1, backend=backend)
+    p.grad = torch.ones(8, dtype=torch.complex64)
+    for _ in range(steps):
+        optimizer.step()
+    p.grad = view(p.grad)
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"\['params'\]\[0\]\.grad has no memory"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("cls", "key"), [(FusedSGDSaI, "gsnr"), (FusedAutoSGM, "step")])
 @walks

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_momentum import ops
+from fused_momentum.backends import Choice
 
 
 def test_a_gradient_may_be_its_parameter():
@@ -40,3 +41,17 @@ def test_an_overlap_is_found_in_gaps():
     params = [flat[::2], flat[15:]]
     with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] overlap"):
         ops.sgd_(params, [torch.ones(10), torch.ones(5)], lr=0.5)
+
+
+@pytest.mark.parametrize("op", [ops.sgd, ops.sgd_], ids=["functional", "in_place"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers"])
+def test_memory_that_was_given_back_is_an_error(name, offset, backend, op, monkeypatch):
+    monkeypatch.setattr(ops, "choose", lambda *asked: Choice(backend, "for this test"))
+    names = ["params", "grads", "momentum_buffers"]
+    lists = {key: [torch.ones(3), torch.ones(3 + offset)[offset:]] for key in names}
+    lists[name][1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=rf"{name}\[1\] has no memory: its storage"):
+        op(**lists, lr=0.1, momentum=0.9)
+    assert all(torch.equal(tensors[0], torch.ones(3)) for tensors in lists.values())
