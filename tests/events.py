@@ -237,6 +237,8 @@ def states_loaded(run):
 
 @event
 def storage(run):
+    if torch._C._is_cow_tensor(run.params[1]):
+        return  # torch cannot copy it afterwards
     run.params[1].untyped_storage().resize_(2 * run.params[1].untyped_storage().nbytes())
 
 

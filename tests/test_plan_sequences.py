@@ -13,19 +13,19 @@ from cases import (
 from events import EVENTS, SOME, assert_untouched, set_grads, start, with_copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spoilers import SPOILERS
 
 MOST_STEPS = 8
 
-# New gradients or the old ones, what happens, and what is then updated.
-_steps = st.lists(
-    st.tuples(
+
+def _steps_of(events):
+    """New gradients or the old ones, what happens, and what is then updated."""
+    step = st.tuples(
         st.booleans(),
-        st.lists(st.sampled_from(sorted(EVENTS)), max_size=3),
+        st.lists(st.sampled_from(events), max_size=3),
         st.sampled_from(["all", "all", "some", "none"]),
-    ),
-    min_size=2,
-    max_size=MOST_STEPS,
-)
+    )
+    return st.lists(step, min_size=2, max_size=MOST_STEPS)
 
 
 def _play(variant, backend, forms, steps, flatten, on_gpu):
@@ -58,7 +58,7 @@ def _play(variant, backend, forms, steps, flatten, on_gpu):
 @given(
     variant=st.sampled_from(list(VARIANTS.values())),
     forms=st.permutations(SOME),
-    steps=_steps,
+    steps=_steps_of(sorted(EVENTS)),
     flatten=st.sampled_from([False, False, True, "grads"]),
 )
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -68,6 +68,51 @@ def test_any_sequence_of_events(backend, variant, forms, steps, flatten):
         for name in (backend, "reference")
     )
     assert errors == expected
+    assert not differing(run, truth)
+
+
+def _attempt(failed, action, *args):
+    """What an action returns; where it raises, so much more is noted in ``failed``."""
+    try:
+        return action(*args)
+    except Exception as error:
+        failed.append(f"{type(error).__name__}: {error}")
+
+
+def _play_spoiled(variant, backend, steps, flatten):
+    """As _play: a run, which of its steps were refused, and why."""
+    run, abandoned, refused, why = start(variant, backend, flatten=flatten), [], [], []
+    for step, (fresh, names, updated) in enumerate(steps):
+        if fresh or step == 0:
+            _attempt([], set_grads, run, step)
+        for name in sorted(names, key="grad_given_back".__eq__):
+            gone = _attempt([], (EVENTS | SPOILERS)[name], run) or ()
+            gone = [t for t in gone if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+            abandoned += with_copies(gone)
+        if updated != "none":
+            params = None if updated == "all" else run.params[:3]
+            count = len(why)
+            _attempt(why, run.opt.step_params if params else run.opt.step, *filter(None, [params]))
+            refused.append(len(why) > count)
+        if "grad_given_back" in names:
+            run.params[1].grad = None  # nobody can read it
+    assert_untouched(abandoned)
+    return run, refused, why
+
+
+@compiled
+@given(
+    variant=st.sampled_from(list(VARIANTS.values())),
+    steps=_steps_of(sorted(EVENTS | SPOILERS)),
+    flatten=st.sampled_from([False, False, True, "grads"]),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_any_sequence_of_events_and_spoilers(backend, variant, steps, flatten):
+    """Where two things are wrong at once, it does not matter which is named."""
+    (run, refused, why), (truth, expected, reasons) = (
+        _play_spoiled(variant, name, steps, flatten) for name in (backend, "reference")
+    )
+    assert refused == expected, (why, reasons)
     assert not differing(run, truth)
 
 
