@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import collective, reference, shards
-from .checks import check_param, check_tensor
+from .checks import check_is_there, check_param, check_tensor
 from .rules import RULES
 
 RULE = RULES["sgd_sai"]
@@ -117,6 +117,7 @@ def _measured(named: dict[str, torch.Tensor], eps: float) -> Iterator[tuple[str,
         check_param(name, part)
         part, grad = shards.parts_of(name, (param, param.grad), {})
         check_tensor(f"{name}.grad", grad, part)
+        check_is_there(f"{name}.grad", grad)
         parts[i] = collective.part_sums(RULE, (part, grad), list(hyper.values()), 1.0)
     names, params = list(named), list(named.values())
     for i, sums in collective.whole_sums(RULE, named, parts).items():

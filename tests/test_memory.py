@@ -12,7 +12,15 @@ from one_param import needs_extension, stepped, walks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
-from fused_momentum import FusedAutoSGM, FusedMomentum, FusedSGD, FusedSGDSaI, states
+from fused_momentum import (
+    FusedAutoSGM,
+    FusedMomentum,
+    FusedNAG,
+    FusedSGD,
+    FusedSGDSaI,
+    gsnr,
+    states,
+)
 from fused_momentum.plan import Plan, _Walked
 
 
@@ -68,6 +76,42 @@ def test_memory_that_was_given_back_is_an_error(what, backend, offset):
     with pytest.raises(RuntimeError, match=r"\['params'\]\[0\].* has no memory"):
         optimizer.step()
     assert all(torch.equal(named[name], t) for name, t in before.items())
+
+
+def _of_the_optimizer(what, call, flatten=False):
+    """A call that reads the second of two parameters, its gradient or its state."""
+
+    def prepare():
+        params = [Parameter(torch.ones(8)) for _ in range(2)]
+        optimizer = FusedNAG(params, lr=0.1, momentum=0.9, flatten=flatten)
+        for p in params:
+            p.grad = torch.ones(8)
+            optimizer.state[p] = {"velocity": torch.ones(8)}
+        p = params[1]
+        named = {"param": p, "grad": p.grad, "state": optimizer.state[p]["velocity"]}
+        return named[what], lambda: call(optimizer), params
+
+    return prepare
+
+
+READ_BY = {
+    "flatten": _of_the_optimizer("param", FusedNAG.flatten),
+    "flatten_grads": _of_the_optimizer("grad", FusedNAG.flatten, "grads"),
+    "eval": _of_the_optimizer("param", FusedNAG.eval),
+    "eval_state": _of_the_optimizer("state", FusedNAG.eval),
+    "gsnr": _of_the_optimizer("grad", lambda optimizer: gsnr(optimizer.param_groups[0]["params"])),
+    "load": _of_the_optimizer("state", lambda o: o.load_state_dict(o.state_dict())),
+}
+
+
+@pytest.mark.parametrize("prepare", READ_BY.values(), ids=READ_BY)
+def test_memory_that_was_given_back_is_not_read_elsewhere(prepare):
+    tensor, call, params = prepare()
+    before, addresses = params[0].detach().clone(), [p.data_ptr() for p in params]
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"1.* has no memory: its storage has been given back"):
+        call()
+    assert torch.equal(params[0], before) and params[0].data_ptr() == addresses[0]
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 
 from .. import flat, shards
 from ..backends import check_request, choose
-from ..checks import OPTIONAL_KEYS
+from ..checks import OPTIONAL_KEYS, check_is_there
 from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
 from .arguments import check_lr, check_options, is_not_negative
@@ -204,14 +204,26 @@ class FusedOptimizer(Optimizer):
         Each ``p.data`` becomes a slice of a buffer, with p's shape and memory order. With
         ``flatten=True`` this happens after the first step, and after each step that found a
         parameter at another address. ``flatten="grads"`` does the same to the gradients. Sharded
-        parameters (DTensor) stay where they are.
+        parameters (DTensor) stay where they are. Raises RuntimeError where memory was given back.
         """
+        self._check_memory()
         if not self._flat_params.holds(self._movable()):
             self._flat_params = flat.Home.of(self._movable(), "data")
         if self._options.flatten == "grads":
             with_grad = [p for p in self._movable() if p.grad is not None]
             self._flat_grads = flat.Home.of(with_grad, "grad")
         return self._flat_params.buffers
+
+    def _check_memory(self) -> None:
+        """Raise where there is none of a tensor, before any is moved."""
+        for i, group in enumerate(self.param_groups):
+            for k, param in enumerate(group["params"]):
+                states = self.state.get(param, {}).values()
+                tensors = [("", param), (".grad", param.grad), *((" state", s) for s in states)]
+                for what, tensor in tensors:
+                    if isinstance(tensor, torch.Tensor):
+                        name = f"param_groups[{i}]['params'][{k}]{what}"
+                        check_is_there(name, shards.part_of(tensor))
 
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

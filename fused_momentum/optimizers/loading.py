@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import shards
+from ..checks import check_is_there
 from ..rules import Rule
 from ..states import make_states, names_of
 
@@ -51,6 +52,7 @@ def _shielded(rule: Rule, i: int, values: dict[str, Any], param: torch.Tensor) -
         shape = param.shape if name in tensors else torch.Size()
         if value.shape != shape and not (name not in tensors and value.numel() == 1):
             raise ValueError(f"{what} has shape {list(value.shape)}; needed: {list(shape)}")
+        check_is_there(what, shards.part_of(value))
         values[name] = _Shell(value)
     return values
 

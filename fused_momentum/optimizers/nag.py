@@ -84,6 +84,7 @@ class FusedNAG(FusedMomentum):
                 p.copy_(p.to(wide) + velocity.to(wide) * by)
 
     def _move(self, evaluating: bool) -> None:
+        self._check_memory()
         for group in self.param_groups:
             if group["evaluating"] == evaluating:
                 continue
