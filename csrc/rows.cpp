@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "peek.h"
 #include "plan.h"
@@ -95,8 +96,11 @@ int64_t Plan::read_step(int64_t position) {
   if (found == nullptr || found == Py_None) return 1;
   const at::Tensor step = THPVariable_Check(found) ? THPVariable_Unpack(found) : at::Tensor();
   check_number(position, "step", step, at::kFloat, at::kCPU);
+  const float count = *step.mutable_data_ptr<float>();  // finish() writes it
+  TORCH_CHECK_VALUE(std::isfinite(count) && count >= 0, name_of(position), ": its state 'step' is ",
+                    count, "; needed: a number of steps");
   steps_[position] = py::reinterpret_borrow<py::object>(found);
-  return int64_t(*step.mutable_data_ptr<float>()) + 1;  // finish() writes it
+  return int64_t(count) + 1;
 }
 
 int Plan::row_of(int group, int64_t t) {

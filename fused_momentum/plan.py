@@ -257,6 +257,10 @@ class Plan:
             entries = needed(self.rule, hyper_of(self.rule, group))
             held = state.get(param, {})
             lacks = [s for s in entries if not isinstance(held.get(s.name), torch.Tensor)]
+            measure = self.rule.measure
+            # Where that which is measured once is lacking, the other numbers say nothing about it.
+            if measure is not None and measure.settles and self.rule.kept[0] in lacks:
+                lacks = [s for s in entries if s in lacks or not isinstance(s, State)]
             begin.append(len(lacks) == len(entries) or any(isinstance(s, State) for s in lacks))
             lacking += [(param, s.name) for s in lacks]
             if self.rule.read is not None and held.get(STEP) is None:

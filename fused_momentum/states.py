@@ -23,6 +23,7 @@ def names_of(rule: Rule) -> list[str]:
     return [s.name for s in (*rule.states, *rule.kept)] + counted
 
 
+@torch.inference_mode(False)
 def make_states(
     rule: Rule,
     lacking: Iterable[tuple[torch.Tensor, str]],

@@ -147,6 +147,10 @@ class Walk:
         step = held.get(STEP) if self._rule.read is not None else None
         if step is not None:
             check_number(name, STEP, step, "float32", torch.device("cpu"))
+            if not (step.isfinite() and step >= 0):
+                raise ValueError(
+                    f"{name}: its state {STEP!r} is {step.item():g}; needed: a number of steps"
+                )
         held = {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
         row = self._row_of(groups, i, 1 if step is None else int(step) + 1, grad_multiplier)
         names = [s.name for s in needed(self._rule, self._hyper[row])]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fused_momentum import FusedMomentum, FusedNAG, FusedSGD, FusedSGDSaI
+from fused_momentum import FusedAutoSGM, FusedMomentum, FusedNAG, FusedSGD, FusedSGDSaI
 
 
 def stepped(cls=FusedSGD, **kwargs):
@@ -70,3 +70,61 @@ def test_a_shallow_copy_has_states_of_its_own():
     copied = copy.copy(optimizer)
     assert optimizer.state[p]["momentum_buffer"] is before
     assert copied.state[p]["momentum_buffer"] is not before
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_count_of_steps_alone_is_another_optimizers():
+    p = Parameter(torch.ones(8))
+    p.grad = torch.ones(8)
+    adam = torch.optim.AdamW([p])
+    adam.step()
+    optimizer = FusedAutoSGM([p], lr=0.1)
+    with pytest.raises(ValueError, match=r"parameter 0 has \['exp_avg', 'exp_avg_sq', 'step'\]"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert not optimizer.state and "betas" not in optimizer.param_groups[0]
+    optimizer.step()
+    steps = {0: {"step": torch.tensor(3.0)}}  # of settings that need nothing else
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": steps})
+    assert optimizer.state[p]["step"] == 3.0
+
+
+IGNORED = {
+    "nesterov": (FusedMomentum, {"nesterov": True}, ValueError, "no nesterov switch"),
+    "nag": (FusedNAG, {"nesterov": True}, ValueError, "no nesterov switch"),
+    "dampening": (FusedSGDSaI, {"dampening": 0.5}, ValueError, "has no dampening"),
+    "differentiable": (FusedSGD, {"differentiable": True}, RuntimeError, "is not supported"),
+}
+
+
+@pytest.mark.parametrize(("cls", "setting", "error", "message"), IGNORED.values(), ids=IGNORED)
+def test_a_setting_that_would_have_no_effect_is_refused(cls, setting, error, message):
+    params = [Parameter(torch.ones(8))]
+    saved = torch.optim.SGD(params, lr=0.5, momentum=0.9, **setting).state_dict()
+    optimizer = cls(params, lr=0.1)
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_complex_states_of_a_real_parameter_are_refused():
+    _, optimizer = stepped()
+    saved = holding(optimizer, momentum_buffer=torch.ones(8, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="momentum_buffer of parameter 0 is complex"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["deleted", "loaded"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_scale_that_is_lacking_is_measured_anew(backend, loaded):
+    p, optimizer = stepped(FusedSGDSaI, backend=backend)
+    scale = optimizer.state[p]["gsnr"].clone()
+    if loaded:
+        saved = copy.deepcopy(optimizer.state_dict())
+        del saved["state"][0]["gsnr"]
+        optimizer.load_state_dict(saved)
+    else:
+        del optimizer.state[p]["gsnr"]
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["gsnr"], scale) and optimizer.state[p]["stage"] == 3

@@ -172,3 +172,41 @@ def test_gradients_that_move_are_flat_again_and_parameters_stay(backend):
         assert end - begin == ALIGNMENT
         addresses.add(tuple(p.data_ptr() for p in params))
     assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_gradient_that_returns_to_where_it_was_goes_back_into_the_buffer(backend):
+    p, own = torch.nn.Parameter(torch.zeros(3)), torch.ones(3)
+    optimizer = fused_momentum.FusedSGD([p], lr=1.0, momentum=0.5, flatten="grads", backend=backend)
+    for _ in range(5):
+        p.grad = own
+        optimizer.step()
+        assert p.grad.data_ptr() != own.data_ptr()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_parameter_that_returns_to_where_it_was_goes_back_into_the_buffer(backend):
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    optimizer = fused_momentum.FusedSGD([p], lr=1.0, flatten=True, backend=backend)
+    own = p.data
+    for _ in range(3):
+        p.data = own
+        optimizer.step()
+        assert p.data_ptr() != own.data_ptr()
+
+
+@pytest.mark.parametrize("flatten", [True, "grads"])
+def test_what_is_flat_stays_where_it_is_when_a_checkpoint_is_loaded(flatten):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fused_momentum.FusedSGD(params, lr=0.1, momentum=0.9, flatten=flatten)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    (buffer,), addresses = optimizer.flatten(), [p.data_ptr() for p in params]
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    assert all((p.grad is not None) == (flatten == "grads") for p in params)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.flatten()[0] is buffer and [p.data_ptr() for p in params] == addresses

@@ -193,6 +193,17 @@ def test_the_version_of_a_parameter_without_gradient_stays(backend):
     assert p._version == version
 
 
+@walks
+def test_states_that_were_made_in_inference_mode(backend):
+    """They are as any others."""
+    p, optimizer = stepped(backend, steps=0)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    twin, _ = stepped("reference", steps=2)
+    assert torch.equal(p, twin)
+
+
 @needs_extension
 def test_tensors_that_were_made_in_inference_mode():
     """They count no versions."""
@@ -300,6 +311,17 @@ def test_a_row_is_of_one_group_and_one_step():
             optimizer.step()
         ended.append([bits(p) for p in params])
     assert all(map(torch.equal, *ended))
+
+
+@pytest.mark.parametrize("count", [math.nan, math.inf, -1.0])
+@walks
+def test_a_count_of_steps_that_is_none_is_an_error(backend, count):
+    p, optimizer = stepped(backend, cls=FusedAutoSGM)
+    optimizer.state[p]["step"].fill_(count)
+    before = bits(p)
+    with pytest.raises(ValueError, match=rf"\[0\]: its state 'step' is {count:g}; needed"):
+        optimizer.step()
+    assert torch.equal(bits(p), before)
 
 
 BAD_STEPS = {"two": torch.ones(2), "double": torch.ones((), dtype=torch.float64), "int": 1}

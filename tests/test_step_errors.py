@@ -327,7 +327,7 @@ DICTS = {
     "other_state": (_other_state, ValueError, r"parameter 2 has \['exp_avg'\]; needed: \['\w+'"),
     "shape": (_other_shape, ValueError, r"\w+ of parameter 2 has shape \[5\]; needed: \[4\]"),
     "not_a_tensor": (_not_a_tensor, (TypeError, ValueError), r"\w+ of parameter 2 is a float"),
-    "meta": (_one_without_memory, NotImplementedError, "meta tensor"),
+    "meta": (_one_without_memory, ValueError, r"\w+ of parameter \d is on device meta"),
     "sparse": (_sparse, TypeError, r"\w+ of parameter \d has layout torch.sparse_coo; needed"),
     "no_state": (_no_state, KeyError, "state"),
 }

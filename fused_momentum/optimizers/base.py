@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +25,18 @@ from ..plan import NO_AMP, Amp, Plan
 from ..rules import Rule
 from .arguments import check_lr, check_options, is_not_negative
 from .loading import rehomed, shielded
+
+_all: weakref.WeakSet[FusedOptimizer] = weakref.WeakSet()
+
+
+def _release_locks() -> None:
+    """In a forked process: the thread that held one is not there to release it."""
+    for optimizer in _all:
+        optimizer._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_locks)
 
 
 class Options(NamedTuple):
@@ -62,6 +77,12 @@ class FusedOptimizer(Optimizer):
         for key in ("momentum", "weight_decay"):
             if key in group and not is_not_negative(key, group[key]):
                 raise ValueError(f"Invalid {key} value: {group[key]}")
+        self._refuse_ignored(group)
+        if group["fused"] and group["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+    def _refuse_ignored(self, group: dict[str, Any]) -> None:
+        """Raise where a setting, of a checkpoint perhaps, would have no effect."""
         if group["differentiable"]:
             if group["fused"]:
                 raise RuntimeError("`fused` does not support `differentiable`")
@@ -69,8 +90,6 @@ class FusedOptimizer(Optimizer):
                 "differentiable=True is not supported: the update is written in place by one "
                 "kernel; use torch.optim.SGD(differentiable=True)"
             )
-        if group["fused"] and group["foreach"]:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; as torch's, but every group's values are checked."""
@@ -96,26 +115,25 @@ class FusedOptimizer(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Update every parameter that has a gradient, in place; return the closure's loss.
 
         ``closure`` re-evaluates the model; it is called once, with gradients enabled. Gradients are
         never modified. Where the GradScaler has set ``found_inf``, nothing changes.
         """
-        if (
+        if type(self).step is FusedOptimizer.step and (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or profiler._is_profiler_enabled
         ):
-            # By name: a hook may put another one in its place.
-            return self._hooked_step() if closure is None else self._hooked_step(closure=closure)
-        return self._step(closure)
+            return self._hooked_step(*args, **kwargs)  # hooks see what was given, as it was given
+        return self._step(*args, **kwargs)
 
     # torch wraps `step` of every optimizer class to call hooks and to name the step to the
     # profiler. The wrapper costs more than the update of a small model, so `step` calls it only
-    # when needed.
+    # when needed. The step of a class that overrides it has been wrapped by torch.
     step.hooked = True
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,6 +145,7 @@ class FusedOptimizer(Optimizer):
         return loss
 
     _hooked_step = Optimizer.profile_hook_step(_step)
+    step.__signature__ = inspect.signature(_step)
 
     def step_params(self, params: Iterable[torch.Tensor]) -> None:
         """Update only these parameters, in place, as ``step`` would: one layer at a time.
@@ -190,11 +209,12 @@ class FusedOptimizer(Optimizer):
 
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
-        # Backward hooks may step two layers at once: autograd has a thread for each device.
-        self.__dict__.setdefault("_lock", threading.RLock())
         self._moves_seen = -1
-        self._flat_params = flat.Home()
-        self._flat_grads = flat.Home()
+        if "_lock" not in self.__dict__:  # else a checkpoint was loaded: what is flat stays so
+            # Backward hooks may step two layers at once: autograd has a thread for each device.
+            self._lock = threading.RLock()
+            _all.add(self)
+            self._flat_params, self._flat_grads = flat.Home(), flat.Home()
 
     # -- flat parameters and gradients -------------------------------------------------------------
 
@@ -207,6 +227,8 @@ class FusedOptimizer(Optimizer):
         parameters (DTensor) stay where they are. Raises RuntimeError where memory was given back.
         """
         self._check_memory()
+        # The plan knows the addresses from which they are moved now, and would not miss a return.
+        self._moves_seen = -1
         if not self._flat_params.holds(self._movable()):
             self._flat_params = flat.Home.of(self._movable(), "data")
         if self._options.flatten == "grads":
@@ -264,6 +286,7 @@ class FusedOptimizer(Optimizer):
             for key, value in {**defaults, **self._group_state}.items():
                 if key not in OPTIONAL_KEYS:  # where they are absent, they were False
                     group.setdefault(key, value)
+            self._refuse_ignored(group)
         states = rehomed(
             self.rule, state["state"], state["param_groups"], options.state_dtype, self._complete
         )

@@ -10,7 +10,7 @@ import torch
 
 from .. import shards
 from ..checks import check_is_there
-from ..rules import Rule
+from ..rules import STEP, Rule
 from ..states import make_states, names_of
 
 
@@ -52,6 +52,10 @@ def _shielded(rule: Rule, i: int, values: dict[str, Any], param: torch.Tensor) -
         shape = param.shape if name in tensors else torch.Size()
         if value.shape != shape and not (name not in tensors and value.numel() == 1):
             raise ValueError(f"{what} has shape {list(value.shape)}; needed: {list(shape)}")
+        if value.is_meta:
+            raise ValueError(f"{what} is on device meta, where there is nothing to load")
+        if value.is_complex() and not param.is_complex():
+            raise TypeError(f"{what} is complex; needed: real numbers, as its parameter has")
         check_is_there(what, shards.part_of(value))
         values[name] = _Shell(value)
     return values
@@ -63,8 +67,9 @@ def _check_names(rule: Rule, states: dict[int, Any], groups: list[dict[str, Any]
     What users keep beside them is let through, and may be all that there is with momentum 0.
     """
     names = names_of(rule)
-    held = {i: values for i, values in states.items() if isinstance(values, dict) and values}
-    if any(name in values for values in held.values() for name in names):
+    own = {*names} - {STEP}  # which others count as well
+    held = {i: {*values} for i, values in states.items() if isinstance(values, dict) and values}
+    if any(keys & own or keys == {STEP} for keys in held.values()):
         return
     for group in groups:
         if all(s.when and group.get(s.when) == 0 for s in (*rule.states, *rule.kept)):

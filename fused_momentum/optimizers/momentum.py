@@ -85,6 +85,6 @@ class FusedMomentum(FusedOptimizer):
             params, defaults, backend=backend, flatten=flatten, state_dtype=state_dtype
         )
 
-    def _check_group(self, group: dict) -> None:
-        super()._check_group(group)
+    def _refuse_ignored(self, group: dict) -> None:
+        super()._refuse_ignored(group)
         check_no_torch_form(type(self).__name__, group)

@@ -59,17 +59,32 @@ class FusedNAG(FusedMomentum):
     def _update(self, params: list[torch.Tensor] | None) -> bool:
         if any(group["evaluating"] for group in self.param_groups):
             raise RuntimeError("FusedNAG: step() after eval(); call train() first")
+        stepped = None if params is None else {id(p) for p in params}
+        if stepped is not None and torch._C._current_graph_task_id() != -1:
+            self._refuse_to_move_others(stepped)
         # A back-end may find out on the device that the step is skipped; the look-ahead of this
         # class is kept on the host, so it has to know.
         if self._amp().skips() or not super()._update(params):
             return False
-        stepped = None if params is None else {id(p) for p in params}
         for group in self.param_groups:
             before, now = group["lookahead_momentum"], float(group["momentum"])
             if before != now:
                 self._look_ahead(group, now - before, stepped)
                 group["lookahead_momentum"] = now
         return True
+
+    def _refuse_to_move_others(self, stepped: set[int]) -> None:
+        """Raise where this step would move a parameter that the backward pass may yet read."""
+        for i, group in enumerate(self.param_groups):
+            before, now = group["lookahead_momentum"], float(group["momentum"])
+            others = [p for p in group["params"] if id(p) not in stepped and p in self.state]
+            if before != now and others:
+                raise RuntimeError(
+                    f"FusedNAG: the momentum of param_groups[{i}] has changed from {before} to "
+                    f"{now}, which moves all its parameters, and a backward pass is under way; "
+                    "needed: a constant momentum (schedulers: cycle_momentum=False), or step() "
+                    "after the backward pass"
+                )
 
     @torch.no_grad()
     def _look_ahead(self, group: dict, by: float, stepped: set[int] | None) -> None:

@@ -118,9 +118,12 @@ class FusedSGDSaI(FusedOptimizer):
             params, defaults, backend=backend, flatten=flatten, state_dtype=state_dtype
         )
 
+    def _refuse_ignored(self, group: dict[str, Any]) -> None:
+        super()._refuse_ignored(group)
+        check_no_torch_form(type(self).__name__, group)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_no_torch_form(type(self).__name__, group)
         if not group["momentum"] < 1.0:
             raise ValueError(f"Invalid momentum value: {group['momentum']}; needed: below 1")
         if not group["eps"] >= 0.0:
