@@ -121,13 +121,13 @@ class FusedOptimizer(Optimizer):
         ``closure`` re-evaluates the model; it is called once, with gradients enabled. Gradients are
         never modified. Where the GradScaler has set ``found_inf``, nothing changes.
         """
-        if type(self).step is FusedOptimizer.step and (
+        if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or profiler._is_profiler_enabled
-        ):
+        ) and type(self).step is FusedOptimizer.step:
             return self._hooked_step(*args, **kwargs)  # hooks see what was given, as it was given
         return self._step(*args, **kwargs)
 
