@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -258,17 +259,25 @@ class Walk:
     @torch.no_grad()
     def measure(self, updates: bool) -> None:
         """Run the pass before the update, on the reference; ``updates``: ``run`` follows."""
-        for item in self._items:
-            update = self._updates[item.position] = self._update_of(item)
-            if not update.settled():
-                update.measure(updates)
+        with self._writing():
+            for item in self._items:
+                update = self._updates[item.position] = self._update_of(item)
+                if not update.settled():
+                    update.measure(updates)
 
     @torch.no_grad()
     def run(self) -> None:
         """Take the step, on the reference."""
-        for item in self._items:
-            (self._updates.get(item.position) or self._update_of(item)).update()
-        self._count([])
+        with self._writing():
+            for item in self._items:
+                (self._updates.get(item.position) or self._update_of(item)).update()
+            self._count([])
+
+    def _writing(self) -> AbstractContextManager:
+        """The mode in which torch lets everything be written that is."""
+        written = (t for i in self._items for t in (i.param, *i.states, *i.kept, i.step))
+        inference = any(t is not None and t.is_inference() for t in written)
+        return torch.inference_mode() if inference else nullcontext()
 
     def _update_of(self, item: Item) -> reference.Update:
         *hyper, grad_multiplier = self._hyper[item.row]

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from cases import (
+    CLASSES,
     TYPES,
     VARIANTS,
     Run,
@@ -17,7 +18,7 @@ from cases import (
     rules,
 )
 from events import EVENTS, SOME, set_grads, start, train
-from one_param import needs_extension, stepped, walks
+from one_param import stepped, walks
 from torch.nn import Parameter
 
 from fused_momentum import FusedAutoSGM, FusedSGD, FusedSGDSaI, plan
@@ -204,14 +205,15 @@ def test_states_that_were_made_in_inference_mode(backend):
     assert torch.equal(p, twin)
 
 
-@needs_extension
-def test_tensors_that_were_made_in_inference_mode():
-    """They count no versions."""
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+@walks
+def test_parameters_that_were_made_in_inference_mode(cls, backend):
+    """They count no versions, and torch writes them in that mode only."""
     with torch.inference_mode():
-        p, optimizer = stepped("cpu")
+        p, optimizer = stepped(backend, cls=cls)
         optimizer.step()
     optimizer.step()
-    twin, _ = stepped("reference", steps=3)
+    twin, _ = stepped("reference", steps=3, cls=cls)
     assert torch.equal(p, twin) and p.is_inference()
 
 
