@@ -57,6 +57,19 @@ def test_readable_names_are_the_published_tuples(key, row):
     assert given.param_groups[1][key] == published
 
 
+@readable
+def test_a_tuple_beside_a_readable_name_that_says_something_else_is_an_error(key, row):
+    name, value, published = row
+    p, other = (Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = FusedAutoSGM([p], **{key: published, name: value})  # the same, twice
+    wrong = {key: (0.25, *published[1:]), name: value}
+    with pytest.raises(ValueError, match=f"{name} is .*{key}=.* is given too; needed: one of the"):
+        FusedAutoSGM([p], **wrong)
+    with pytest.raises(ValueError, match=f"{name} is .*{key}=.* is given too; needed: one of the"):
+        optimizer.add_param_group({"params": [other], **wrong})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("config", [LearningRate, Smoothing, WeightDecay])
 def test_settings_print_themselves_and_return_from_tuples(config):
     settings = {LearningRate: (0.1, True, 2), Smoothing: (0.5, 0.25), WeightDecay: (0.1, True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from typing import Any
 
@@ -35,6 +36,12 @@ def _published(given: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise TypeError(f"{key} is {value!r}; needed: a {kind.__name__}, for {entry}")
         group[entry] = published(value)
+        default = inspect.signature(FusedAutoSGM).parameters[entry].default
+        if given.get(entry, default) not in (default, group[entry]):
+            raise ValueError(
+                f"{key} is {value!r}, which is {entry}={group[entry]}, but {entry}={given[entry]} "
+                "is given too; needed: one of the two"
+            )
     for key, config in CONFIGS.items():
         if key in group:
             group[key] = config.of(group[key]).published()
