@@ -51,8 +51,8 @@ def parameter_negated(run):
 
 @spoiler
 def parameter_without_elements(run):
-    run.params[1].data, run.params[1].grad = torch.empty(0), None
-    run.params[1].grad = torch.empty(0)
+    run.params[1].data, run.params[1].grad = run.params[1].data.new_empty(0), None
+    run.params[1].grad = run.params[1].data.new_empty(0)
     _state(run, 1).clear()
 
 

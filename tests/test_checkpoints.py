@@ -88,6 +88,10 @@ def test_a_count_of_steps_alone_is_another_optimizers():
     steps = {0: {"step": torch.tensor(3.0)}}  # of settings that need nothing else
     optimizer.load_state_dict(optimizer.state_dict() | {"state": steps})
     assert optimizer.state[p]["step"] == 3.0
+    with pytest.raises(ValueError, match=r"parameter 0 has \['step'\]"):
+        FusedSGD([p], lr=0.1, momentum=0.9).load_state_dict(
+            torch.optim.SGD([p], momentum=0.9).state_dict() | {"state": steps}
+        )
 
 
 IGNORED = {

@@ -6,7 +6,7 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -226,26 +226,25 @@ class FusedOptimizer(Optimizer):
         parameter at another address. ``flatten="grads"`` does the same to the gradients. Sharded
         parameters (DTensor) stay where they are. Raises RuntimeError where memory was given back.
         """
-        self._check_memory()
+        grads = self._options.flatten == "grads"
+        for name, p in self._named_params():
+            if not shards.is_sharded(p):
+                check_is_there(name, p)
+                if grads and p.grad is not None:
+                    check_is_there(f"{name}.grad", p.grad)
         # The plan knows the addresses from which they are moved now, and would not miss a return.
         self._moves_seen = -1
         if not self._flat_params.holds(self._movable()):
             self._flat_params = flat.Home.of(self._movable(), "data")
-        if self._options.flatten == "grads":
+        if grads:
             with_grad = [p for p in self._movable() if p.grad is not None]
             self._flat_grads = flat.Home.of(with_grad, "grad")
         return self._flat_params.buffers
 
-    def _check_memory(self) -> None:
-        """Raise where there is none of a tensor, before any is moved."""
+    def _named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         for i, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):
-                states = self.state.get(param, {}).values()
-                tensors = [("", param), (".grad", param.grad), *((" state", s) for s in states)]
-                for what, tensor in tensors:
-                    if isinstance(tensor, torch.Tensor):
-                        name = f"param_groups[{i}]['params'][{k}]{what}"
-                        check_is_there(name, shards.part_of(tensor))
+                yield f"param_groups[{i}]['params'][{k}]", param
 
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

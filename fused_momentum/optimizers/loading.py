@@ -69,7 +69,7 @@ def _check_names(rule: Rule, states: dict[int, Any], groups: list[dict[str, Any]
     names = names_of(rule)
     own = {*names} - {STEP}  # which others count as well
     held = {i: {*values} for i, values in states.items() if isinstance(values, dict) and values}
-    if any(keys & own or keys == {STEP} for keys in held.values()):
+    if any(keys & own or keys == {STEP} & {*names} for keys in held.values()):
         return
     for group in groups:
         if all(s.when and group.get(s.when) == 0 for s in (*rule.states, *rule.kept)):

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .. import shards
+from ..checks import check_is_there
 from ..rules import RULES
 from .momentum import FusedMomentum
 
@@ -99,7 +101,11 @@ class FusedNAG(FusedMomentum):
                 p.copy_(p.to(wide) + velocity.to(wide) * by)
 
     def _move(self, evaluating: bool) -> None:
-        self._check_memory()
+        for name, p in self._named_params():
+            velocity = self.state.get(p, {}).get("velocity")
+            if velocity is not None:
+                check_is_there(name, shards.part_of(p))
+                check_is_there(f"{name} state", shards.part_of(velocity))
         for group in self.param_groups:
             if group["evaluating"] == evaluating:
                 continue
