@@ -79,7 +79,7 @@ def _attempt(failed, action, *args):
         failed.append(f"{type(error).__name__}: {error}")
 
 
-def _play_spoiled(variant, backend, steps, flatten):
+def _play_spoiled(variant, backend, steps, flatten, on_gpu):
     """As _play: a run, which of its steps were refused, and why."""
     run, abandoned, refused, why = start(variant, backend, flatten=flatten), [], [], []
     for step, (fresh, names, updated) in enumerate(steps):
@@ -93,7 +93,8 @@ def _play_spoiled(variant, backend, steps, flatten):
             params = None if updated == "all" else run.params[:3]
             count = len(why)
             _attempt(why, run.opt.step_params if params else run.opt.step, *filter(None, [params]))
-            refused.append(len(why) > count)
+            if not (on_gpu and getattr(run.opt, "found_inf", 0)):  # as in _play
+                refused.append(len(why) > count)
         if "grad_given_back" in names:
             run.params[1].grad = None  # nobody can read it
     assert_untouched(abandoned)
@@ -110,7 +111,8 @@ def _play_spoiled(variant, backend, steps, flatten):
 def test_any_sequence_of_events_and_spoilers(backend, variant, steps, flatten):
     """Where two things are wrong at once, it does not matter which is named."""
     (run, refused, why), (truth, expected, reasons) = (
-        _play_spoiled(variant, name, steps, flatten) for name in (backend, "reference")
+        _play_spoiled(variant, name, steps, flatten, device_of(backend) == "cuda")
+        for name in (backend, "reference")
     )
     assert refused == expected, (why, reasons)
     assert not differing(run, truth)
